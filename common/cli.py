@@ -1,0 +1,153 @@
+"""What every script does at its edges: arguments, errors, processes, seeds, and files that appear whole."""
+
+import argparse
+import errno
+import hashlib
+import json
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. The message names the file or option and says what to do."""
+
+
+def run(main, parse_args):
+    """Calls `main(parse_args())`. Exit code 2 and one message for a `UserError`, 1 and one for a full disk."""
+    try:
+        main(parse_args())
+    except UserError as error:
+        sys.exit(fail(str(error), 2))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        sys.exit(
+            fail(
+                f"no space left on disk for {error.filename or 'the output'}. Free some and start again: "
+                "what is finished is kept.",
+                1,
+            )
+        )
+
+
+def fail(message, code):
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows each option's default, and the script's docstring as it is written."""
+
+
+def argument_parser(description, output_dir):
+    """A parser with the options that all scripts share."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("--output_dir", default=output_dir, help="folder to write to")
+    add("--seed", type=int, default=0, help="seed of everything random")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="overrides what accelerate was launched with")
+    add("--report_to", help="tracker for settings and curves: tensorboard, wandb, trackio, ... (must be installed)")
+    return parser
+
+
+def parse_with_model_defaults(parser, script, argv=None):
+    """Parses the command line, with a model's own defaults between those of the script and what the user says.
+
+    Best settings differ from model to model. A local model folder may hold `tint.json`, {script: {option: value}};
+    its values replace the script's defaults, which are those of Stable Diffusion.
+    """
+    model = parser.parse_known_args([a for a in argv or sys.argv[1:] if a not in ("-h", "--help")])[0]
+    defaults = Path(model.pretrained_model_name_or_path) / "tint.json"
+    if defaults.is_file():
+        parser.set_defaults(**json.loads(defaults.read_text()).get(script, {}))
+    return parser.parse_args(argv)
+
+
+def positive_int(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def start(args):
+    """The Accelerator of a script, with its trackers started.
+
+    `accelerate launch` exports OMP_NUM_THREADS=1 on a machine without a GPU where nobody has set it. One process then
+    leaves all cores but one idle, so the cores of this machine are shared out among its processes instead.
+    """
+    try:
+        accelerator = Accelerator(
+            mixed_precision=args.mixed_precision, log_with=args.report_to, project_dir=args.output_dir
+        )
+    except ValueError as error:
+        raise UserError(f"--mixed_precision or --report_to cannot be had here: {error}") from error
+    if args.report_to and not accelerator.log_with:
+        raise UserError(f"--report_to {args.report_to}: that tracker is not installed (pip install {args.report_to}).")
+    launched_with_default = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+    if accelerator.device.type == "cpu" and launched_with_default:
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(max(1, os.cpu_count() // processes))
+    torch.manual_seed(args.seed)
+    if args.report_to:
+        plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in vars(args).items()}
+        accelerator.init_trackers("tint", config=plain)
+    return accelerator
+
+
+def generator(*keys):
+    """A CPU random generator that depends on nothing but its keys, as (seed, class name, image index).
+
+    Drawing on the CPU gives the same numbers whatever the device, the batch size and the number of processes.
+    """
+    digest = hashlib.sha256("/".join(map(str, keys)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+@contextmanager
+def whole_file(path):
+    """Gives a temporary path beside `path`, which becomes `path` at the end: the file appears whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def settings_of(args, *leave_out):
+    """The options that decide a result, for its record: those of where and how it is computed are left out."""
+    outside = {"output_dir", "mixed_precision", "report_to", *leave_out}
+    return {name: value for name, value in vars(args).items() if name not in outside}
+
+
+def check_settings(path, settings):
+    """True where `path` records a finished result of these settings, False where there is none.
+
+    Raises:
+        UserError: the result was made with other settings.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return False
+    before = json.loads(path.read_text())["settings"]
+    now = json.loads(json.dumps(settings))
+    changed = [f"--{k} {before.get(k)} then, {now.get(k)} now" for k in now | before if before.get(k) != now.get(k)]
+    if changed:
+        raise UserError(
+            f"{path} was made with other settings ({'; '.join(changed)}). Give another --output_dir, or delete "
+            f"{path.parent} to make it anew."
+        )
+    return True

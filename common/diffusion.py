@@ -1,0 +1,158 @@
+"""A Stable Diffusion model as mathematics: latents, noise prediction, DDIM moves, guidance.
+
+Symbols are those of the papers: latents `z_t`, cumulative alpha `abar_t`, predicted noise `eps`, guidance scale `w`.
+Latents are float32 [B, C, h, w] whatever the precision of the UNet.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
+
+from common.cli import UserError
+
+for logging in (diffusers_logging, transformers_logging):
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+WEIGHT_DTYPE = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The noise levels of a walk of T steps, from noise (index 0) to image (index T).
+
+    timesteps: T descending integers; the network's time at index i.
+    abar: T + 1 ascending numbers; the cumulative alpha at index i, the last that of a finished latent.
+    prediction_type: what the network predicts, "epsilon" or "v_prediction".
+    """
+
+    timesteps: tuple
+    abar: tuple
+    prediction_type: str
+
+
+def load_stable_diffusion(name_or_path, device, mixed_precision="no", revision=None, variant=None):
+    """A frozen `StableDiffusionPipeline` with a DDIM scheduler, from a folder or the hub, from safetensors only.
+
+    The UNet gets the working precision. The text encoder and the VAE stay in float32: they cost little, the learned
+    vectors need it, and reconstruction is judged on what the VAE returns.
+
+    Raises:
+        UserError: no such folder, or not a Stable Diffusion 1.x or 2.x model.
+    """
+    if str(name_or_path).startswith((".", "/", "assets/", "outputs/")) and not Path(name_or_path).is_dir():
+        raise UserError(f"--pretrained_model_name_or_path {name_or_path}: no such folder.")
+    try:
+        pipe = StableDiffusionPipeline.from_pretrained(
+            name_or_path,
+            revision=revision,
+            variant=variant,
+            use_safetensors=True,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+            dtype={"unet": WEIGHT_DTYPE[mixed_precision], "default": torch.float32},
+        )
+    except Exception as error:  # the hub, json, safetensors and diffusers each raise their own kinds
+        raise UserError(
+            f"Cannot load {name_or_path} as a Stable Diffusion model: {error}\nGive a folder or hub name with unet, "
+            "vae, text_encoder, tokenizer and scheduler in diffusers' format, weights as safetensors."
+        ) from error
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    if pipe.scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
+        raise UserError(f"{name_or_path} predicts {pipe.scheduler.config.prediction_type}: not supported.")
+    for module in (pipe.unet, pipe.vae, pipe.text_encoder):
+        module.requires_grad_(False).eval().to(device)
+    return pipe
+
+
+def make_schedule(scheduler, num_inference_steps):
+    """The Schedule of a diffusers DDIM scheduler, with its timestep spacing and final alpha."""
+    try:
+        scheduler.set_timesteps(num_inference_steps)
+    except ValueError as error:
+        raise UserError(f"--num_inference_steps {num_inference_steps}: {error}") from error
+    timesteps = tuple(scheduler.timesteps.tolist())
+    abar = [scheduler.alphas_cumprod[t].item() for t in timesteps] + [float(scheduler.final_alpha_cumprod)]
+    return Schedule(timesteps, tuple(abar), scheduler.config.prediction_type)
+
+
+@torch.no_grad()
+def encode_images(vae, images):
+    """Images [B, 3, H, W] in [0, 1] to latents z_0 = s * mean(VAE(x)), s the VAE's scaling factor."""
+    return vae.encode(images * 2 - 1).latent_dist.mode() * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def decode_latents(vae, latents):
+    """Latents z_0 to images [B, 3, H, W] in [0, 1]."""
+    return (vae.decode(latents / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+
+
+def token_ids(pipe, prompts):
+    """Prompts to token ids [B, L]. A learned word of several vectors counts as its several tokens.
+
+    Raises:
+        UserError: a prompt is longer than the text encoder's context.
+    """
+    prompts = pipe.maybe_convert_prompt(list(prompts), pipe.tokenizer)
+    length = pipe.tokenizer.model_max_length
+    ids = pipe.tokenizer(prompts, padding="max_length", max_length=length).input_ids
+    for prompt, row in zip(prompts, ids):
+        if len(row) > length:
+            raise UserError(f"The prompt {prompt!r} has {len(row)} tokens, the text encoder takes {length}.")
+    return torch.tensor(ids, device=pipe.text_encoder.device)
+
+
+def encode_prompts(pipe, prompts):
+    """tau(prompt): prompts to text embeddings [B, L, D], float32."""
+    return pipe.text_encoder(token_ids(pipe, prompts))[0]
+
+
+def to_noise(prediction_type, prediction, z, abar):
+    """The noise eps in a network's prediction at z_t. Velocity v: eps = sqrt(abar) v + sqrt(1 - abar) z_t."""
+    if prediction_type == "v_prediction":
+        return abar**0.5 * prediction + (1 - abar) ** 0.5 * z
+    return prediction
+
+
+def predict_noise(unet, schedule, z, index, prompt_embeds):
+    """eps_theta(z, t, tau) at the schedule's level `index`: [B, C, h, w] from z and text embeddings [B, L, D]."""
+    prediction = unet(z.to(unet.dtype), schedule.timesteps[index], prompt_embeds.to(unet.dtype)).sample.float()
+    return to_noise(schedule.prediction_type, prediction, z, schedule.abar[index])
+
+
+def ddim_step(z, eps, abar_from, abar_to):
+    """Deterministic DDIM move between two noise levels, forward or backward (2010.02502, equation 12, sigma 0):
+
+    x0_hat = (z_t - sqrt(1 - abar_t) eps) / sqrt(abar_t)
+    z_s = sqrt(abar_s) x0_hat + sqrt(1 - abar_s) eps
+    """
+    x0_hat = (z - (1 - abar_from) ** 0.5 * eps) / abar_from**0.5
+    return abar_to**0.5 * x0_hat + (1 - abar_to) ** 0.5 * eps
+
+
+def guide(eps_uncond, eps_cond, guidance_scale):
+    """Classifier-free guidance (2207.12598): eps_u + w (eps_c - eps_u)."""
+    return eps_uncond + guidance_scale * (eps_cond - eps_uncond)
+
+
+@torch.no_grad()
+def denoise(unet, schedule, z, prompt_embeds, null_embeds, guidance_scale):
+    """Walks z_T down to z_0 with guidance.
+
+    Args:
+        z: latents z_T [B, C, h, w].
+        prompt_embeds: text embeddings [B, L, D].
+        null_embeds: unconditional embeddings of each step [B, T, L, D], or [B, 1, L, D] for all steps.
+    """
+    null_embeds = null_embeds.expand(-1, len(schedule.timesteps), -1, -1)
+    for i in range(len(schedule.timesteps)):
+        both = torch.cat([null_embeds[:, i], prompt_embeds])
+        eps_uncond, eps_cond = predict_noise(unet, schedule, torch.cat([z, z]), i, both).chunk(2)
+        z = ddim_step(z, guide(eps_uncond, eps_cond, guidance_scale), schedule.abar[i], schedule.abar[i + 1])
+    return z

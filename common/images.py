@@ -1,0 +1,103 @@
+"""Image folders (`DIR/<class>/*.png|jpg|webp`, the layout of torchvision's ImageFolder), loading, and picture grids."""
+
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torchvision.transforms.v2 import functional as TF
+from torchvision.utils import make_grid
+
+from common.cli import UserError, whole_file
+
+EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp"}
+
+
+def list_images(folder):
+    """{class name: [paths of its images]} of a folder of class folders, both sorted by name.
+
+    Raises:
+        UserError: no such folder, no class folders, or a class folder without an image.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder. It should hold one folder of images per class.")
+    classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not classes:
+        raise UserError(f"{folder} holds no class folders. It should hold one folder of images per class.")
+    images = {
+        c.name: sorted(p for p in c.iterdir() if p.suffix.lower() in EXTENSIONS and not p.name.startswith("."))
+        for c in classes
+    }
+    for name, paths in images.items():
+        if not paths:
+            raise UserError(f"{folder / name} holds no image ({', '.join(sorted(EXTENSIONS))}): add some or remove it.")
+    return images
+
+
+def load_image(path, size=None):
+    """The image as a float tensor [3, H, W] in [0, 1]: the central square, upright as its EXIF data say, transparent
+    parts white; resized with antialiasing to `size` x `size` if given.
+
+    Raises:
+        UserError: the file cannot be read as an image.
+    """
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} cannot be read as an image ({error}): replace or remove it.") from error
+    image = ImageOps.fit(image, [size or min(image.size)] * 2, Image.Resampling.BICUBIC)
+    return TF.to_dtype(TF.to_image(image), torch.float32, scale=True)
+
+
+def load_folder(folder, size=None, classes=None):
+    """All images of a folder of class folders.
+
+    Args:
+        size: side of the square that all are resized to; None keeps sizes, which must then be equal.
+        classes: the order of classes; default sorted by name. Each must be in the folder.
+    Returns:
+        images [N, 3, size, size] in [0, 1], labels [N] (indices into classes), classes, paths [N]
+    Raises:
+        UserError: as `list_images` and `load_image`; a class not in `classes`, or one that has no folder.
+    """
+    by_class = list_images(folder)
+    classes = list(by_class) if classes is None else list(classes)
+    if set(by_class) != set(classes):
+        raise UserError(
+            f"The class folders of {folder} are not the wanted classes: "
+            f"missing {sorted(set(classes) - set(by_class))}, unknown {sorted(set(by_class) - set(classes))}."
+        )
+    paths = [path for name in classes for path in by_class[name]]
+    labels = torch.tensor([label for label, name in enumerate(classes) for _ in by_class[name]])
+    images = [load_image(path, size) for path in paths]
+    sides = {image.shape[-1] for image in images}
+    if len(sides) > 1:
+        raise UserError(f"The images of {folder} differ in size ({min(sides)} to {max(sides)}): give --image_size.")
+    return torch.stack(images), labels, classes, paths
+
+
+def save_image(image, path):
+    """Writes a tensor [3, H, W] in [0, 1] as a PNG file."""
+    with whole_file(path) as temporary:
+        TF.to_pil_image(image.mul(255).round().clamp(0, 255).byte()).save(temporary, format="PNG")
+
+
+def save_grid(rows, path, side=64):
+    """Writes rows of images, each a list of tensors [3, H, W] in [0, 1], as one PNG; short rows end in white.
+
+    Args:
+        side: the side in pixels at which each image is shown; enlarged by repetition, so that pixels stay pixels.
+    """
+    columns = max(map(len, rows))
+    tiles = []
+    for row in rows:
+        for image in row:
+            method = TF.InterpolationMode.NEAREST if image.shape[-1] <= side else TF.InterpolationMode.BICUBIC
+            tiles.append(TF.resize(image.float().cpu(), [side, side], method, antialias=True).clamp(0, 1))
+        tiles += [torch.ones(3, side, side)] * (columns - len(row))
+    save_image(make_grid(torch.stack(tiles), nrow=columns, padding=2, pad_value=1.0), path)

@@ -1,0 +1,223 @@
+"""Classifiers: the embedded student and teacher as timm models, loading, and cosine prototypes.
+
+Every classifier here is a timm model, also our own two: `timm.create_model("conv4_64")` works once this module is
+imported, and a trained model is a folder in the Hugging Face hub's timm format (`config.json`,
+`model.safetensors`). Images are float [B, 3, H, W] in [0, 1], of any size: `normalize` makes of them what a model
+wants.
+"""
+
+import itertools
+import json
+import tempfile
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, save_for_hf
+from torch import nn
+
+from common.cli import UserError
+
+
+class FlatHead(nn.Module):
+    """timm's interface to a network that ends in a flattened feature map and one linear layer.
+
+    A subclass gives `blocks`, whose output on [B, 3, img_size, img_size] flattens to `num_features` numbers.
+    """
+
+    def __init__(self, blocks, num_features, num_classes):
+        super().__init__()
+        self.blocks = blocks
+        self.num_features = self.head_hidden_size = num_features
+        self.reset_classifier(num_classes)
+
+    def get_classifier(self):
+        return self.head
+
+    def reset_classifier(self, num_classes, global_pool=None):
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+
+    def forward_features(self, x):
+        return self.blocks(x)
+
+    def forward_head(self, x, pre_logits=False):
+        x = x.flatten(1)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x):
+        return self.forward_head(self.forward_features(x))
+
+
+class Conv4(FlatHead):
+    """The four-block convolutional network of the few-shot literature (Vinyals et al., 1606.04080, section 4.1).
+
+    Each block is a 3x3 convolution with `width` channels, batch normalisation, ReLU and 2x2 max pooling. With 64
+    channels it has 113,088 parameters without the head, which sees 64 * (img_size / 16)^2 features: 256 for 32x32
+    inputs, 1600 for 84x84.
+    """
+
+    def __init__(self, num_classes=1000, in_chans=3, img_size=32, width=64):
+        channels = [in_chans, width, width, width, width]
+        blocks = [
+            nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU(), nn.MaxPool2d(2))
+            for i, o in itertools.pairwise(channels)
+        ]
+        super().__init__(nn.Sequential(*blocks), width * (img_size // 16) ** 2, num_classes)
+
+
+class InkMap(nn.Module):
+    """Colour image [B, 3, H, W] to ink map [B, 1, H, W]: distance to the border's median colour, at most 1.
+
+    A drawing's colours and polarity say nothing about its class; the map forgets them.
+    """
+
+    def forward(self, x):
+        border = torch.cat([x[:, :, 0], x[:, :, -1], x[:, :, :, 0], x[:, :, :, -1]], 2).median(2).values
+        distance = ((x - border[..., None, None]) ** 2).sum(1, keepdim=True).add(1e-6).sqrt()
+        return distance / distance.amax((1, 2, 3), keepdim=True).clamp_min(0.1)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions and a 1x1 shortcut, then 2x2 max pooling: [B, i, H, W] to [B, o, H/2, W/2]."""
+
+    def __init__(self, i, o):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o)
+        self.conv2, self.bn2 = nn.Conv2d(o, o, 3, padding=1, bias=False), nn.BatchNorm2d(o)
+        self.shortcut = nn.Sequential(nn.Conv2d(i, o, 1, bias=False), nn.BatchNorm2d(o))
+
+    def forward(self, x):
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.max_pool2d(F.relu(y + self.shortcut(x)), 2)
+
+
+class InkResNet(FlatHead):
+    """The embedded teacher: a thin residual network on the ink map, 1.2 million parameters without the head."""
+
+    def __init__(self, num_classes=1000, in_chans=3, img_size=32):
+        stem = [InkMap(), nn.Conv2d(1, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)]
+        blocks = [ResidualBlock(32, 64), ResidualBlock(64, 128), ResidualBlock(128, 256)]
+        super().__init__(nn.Sequential(*stem, *blocks), 256 * (img_size // 16) ** 2, num_classes)
+
+
+CONFIG = {
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.5, 0.5, 0.5),
+    "input_size": (3, 32, 32),
+    "interpolation": "bicubic",
+    "crop_pct": 1.0,
+    "num_classes": 1000,
+    "classifier": "head",
+    "first_conv": "blocks.0.0",
+}
+default_cfgs = generate_default_cfgs({"conv4_64": CONFIG, "ink_resnet": CONFIG | {"first_conv": None}})
+
+
+@register_model
+def conv4_64(pretrained=False, **kwargs):
+    return build_model_with_cfg(Conv4, "conv4_64", pretrained, **kwargs)
+
+
+@register_model
+def ink_resnet(pretrained=False, **kwargs):
+    return build_model_with_cfg(InkResNet, "ink_resnet", pretrained, **kwargs)
+
+
+def load_model(name_or_path, pretrained=True, **kwargs):
+    """A timm model in eval mode from a model folder, a timm name, or a hub name (`hf-hub:...`).
+
+    A folder's class names, where it has any, are in `model.pretrained_cfg["label_names"]`.
+
+    Raises:
+        UserError: no such folder or model, or a folder without a loadable model.
+    """
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
+            raise UserError(f"{folder} is no model folder: it needs config.json and model.safetensors.")
+        source = f"local-dir:{folder}"
+    elif name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
+        raise UserError(f"{folder}: no such folder.")
+    else:
+        source = name_or_path
+    try:
+        return timm.create_model(source, pretrained=pretrained, **kwargs).eval()
+    except Exception as error:  # timm, safetensors, json and the hub each raise their own kinds
+        raise UserError(
+            f"Cannot load the model {name_or_path}: {error}\nGive a folder with config.json and model.safetensors, "
+            "or a name that timm.list_models() knows."
+        ) from error
+
+
+def save_model(model, folder, classes):
+    """Writes `config.json` and `model.safetensors`, loadable with `timm.create_model("local-dir:FOLDER")`.
+
+    Args:
+        classes: the class names in the order of the model's outputs.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # timm writes into a folder; both files then appear whole, the one that marks a complete model last.
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        save_for_hf(model, temporary, model_config={"label_names": list(classes)}, safe_serialization=True)
+        for name in ("model.safetensors", "config.json"):
+            (Path(temporary) / name).replace(folder / name)
+
+
+def class_names(name_or_path):
+    """The class names in a model folder's `config.json`, or None."""
+    config = Path(name_or_path) / "config.json"
+    return json.loads(config.read_text()).get("label_names") if config.is_file() else None
+
+
+def input_size(model):
+    """(height, width) that the model was trained at."""
+    return tuple(model.pretrained_cfg["input_size"][1:])
+
+
+def normalize(model, images):
+    """Images [B, 3, H, W] in [0, 1] to the model's input: resized with antialiasing, minus mean, over std."""
+    config = model.pretrained_cfg
+    if images.shape[-2:] != input_size(model):
+        images = F.interpolate(images, input_size(model), mode="bicubic", antialias=True).clamp(0, 1)
+    mean, std = (images.new_tensor(config[key])[:, None, None] for key in ("mean", "std"))
+    return (images - mean) / std
+
+
+def features(model, images):
+    """Images [B, 3, H, W] in [0, 1] to the features [B, D] that the model's classifier sees."""
+    return model.forward_head(model.forward_features(normalize(model, images)), pre_logits=True)
+
+
+class PrototypeClassifier(nn.Module):
+    """A backbone specialised on a support set by cosine prototypes (Snell et al., 1703.05175, with the cosine and
+    the centring of SimpleShot, 1911.04623).
+
+        logits_c(x) = scale * cos(f(x) - m, p_c)
+
+    with p_c the mean of the unit-length centred features of class c, and m the mean support feature.
+
+    Args:
+        model: timm model; its classifier is not used.
+        images: support images [S, 3, H, W] in [0, 1].
+        labels: their classes [S], each of 0..num_classes-1 at least once.
+        scale: the inverse softmax temperature of cosine similarities.
+    """
+
+    def __init__(self, model, images, labels, scale=10.0):
+        super().__init__()
+        self.model, self.scale = model.eval(), scale
+        self.pretrained_cfg = model.pretrained_cfg
+        with torch.no_grad():
+            f = torch.cat([features(model, batch) for batch in images.split(64)])
+            self.register_buffer("center", f.mean(0))
+            unit = F.normalize(f - self.center, dim=-1)
+            prototypes = torch.stack([unit[labels == c].mean(0) for c in range(int(labels.max()) + 1)])
+            self.register_buffer("prototypes", F.normalize(prototypes, dim=-1))
+
+    def forward(self, images):
+        """Images [B, 3, H, W] in [0, 1] to logits [B, num_classes]."""
+        f = F.normalize(features(self.model, images) - self.center, dim=-1)
+        return self.scale * f @ self.prototypes.T

@@ -1,0 +1,135 @@
+"""Bad input gets one clear message that names the culprit, and exit code 2."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+from common import icons_fs
+from tests.conftest import ROOT, launch
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of two classes with two readable images each."""
+    for name in ("cat", "dog"):
+        (tmp_path / "support" / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (40, 32), (90 * i, 50, 60)).save(tmp_path / "support" / name / f"{i}.png")
+    return tmp_path
+
+
+def rejected(*command):
+    """What a script says on stderr when it exits with 2: one message and no traceback."""
+    _, err = launch(*command, code=2)
+    assert "Traceback" not in err
+    return err
+
+
+def invert(folder, *options):
+    return rejected("tint_invert.py", "--support_dir", folder / "support", "--output_dir", folder / "out", *options)
+
+
+def test_missing_support_folder(tmp_path):
+    assert "support: no such folder" in invert(tmp_path)
+
+
+def test_empty_class(folder):
+    (folder / "support" / "emu").mkdir()
+    assert "emu holds no image" in invert(folder)
+
+
+def test_corrupt_image(folder):
+    (folder / "support" / "dog" / "1.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nonsense")
+    assert "1.png cannot be read as an image" in invert(folder, "--max_train_steps", 0)
+
+
+def test_truncated_image(folder):
+    path = folder / "support" / "dog" / "1.png"
+    path.write_bytes(path.read_bytes()[:-40])
+    err = rejected("distill.py", "--support_dir", folder / "support", "--output_dir", folder / "out")
+    assert "1.png cannot be read as an image" in err
+
+
+def test_prompt_without_a_place_for_the_word(folder):
+    assert "must hold {} once" in invert(folder, "--prompt", "a photo of a cat")
+
+
+def test_folder_that_is_no_model(folder):
+    assert "as a Stable Diffusion model" in invert(folder, "--pretrained_model_name_or_path", folder / "support")
+    err = rejected("distill.py", "--support_dir", folder / "support", "--teacher", folder / "support")
+    assert "is no model folder" in err
+
+
+def test_pickled_weights_are_refused(folder):
+    shutil.copytree(ROOT / "assets" / "mini-sd", folder / "model")
+    (folder / "model" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save({}, folder / "model" / "unet" / "diffusion_pytorch_model.bin")
+    assert "weights as safetensors" in invert(folder, "--pretrained_model_name_or_path", folder / "model")
+
+
+def test_unknown_initializer_token(folder):
+    err = invert(folder, "--initializer_token", "hippopotamus", "--max_train_steps", 0)
+    assert "--initializer_token 'hippopotamus' is" in err
+
+
+def test_generation_without_inversion(folder):
+    err = rejected("tint_generate.py", "--inversion_dir", folder / "support", "--output_dir", folder / "out")
+    assert "run tint_invert.py" in err
+
+
+def test_alpha_out_of_range(run_dir, tmp_path):
+    err = rejected("tint_generate.py", "--inversion_dir", run_dir / "inversion", "--output_dir", tmp_path,
+                   "--alpha", 1.5)  # fmt: skip
+    assert "between 0 and 1" in err
+
+
+def test_damaged_inversion(run_dir, tmp_path):
+    shutil.copytree(run_dir / "inversion", tmp_path / "inversion")
+    broken = sorted((tmp_path / "inversion").glob("*/null_text.safetensors"))[0]
+    broken.write_bytes(broken.read_bytes()[:100])
+    err = rejected("tint_generate.py", "--inversion_dir", tmp_path / "inversion", "--output_dir", tmp_path / "out")
+    assert broken.parent.name in err and "invert again" in err
+
+
+def test_generated_classes_that_are_not_the_supports(folder):
+    shutil.copytree(folder / "support", folder / "train")
+    (folder / "train" / "cat").rename(folder / "train" / "cow")
+    err = rejected("distill.py", "--support_dir", folder / "support", "--train_dir", folder / "train",
+                   "--output_dir", folder / "out")  # fmt: skip
+    assert "missing ['cat'], unknown ['cow']" in err
+
+
+def test_diverging_distillation_stops(folder):
+    err = rejected("distill.py", "--support_dir", folder / "support", "--output_dir", folder / "out",
+                   "--learning_rate", 1e30, "--max_train_steps", 40, "--train_batch_size", 4)  # fmt: skip
+    assert "use a smaller --learning_rate" in err
+    assert not (folder / "out" / "model.safetensors").exists()
+
+
+def test_model_that_does_not_know_the_classes(folder):
+    options = ("--data_dir", folder / "support", "--output_dir", folder / "out")
+    assert "give --support_dir" in rejected("evaluate.py", "--model", "assets/student", *options)
+    (folder / "wrong.onnx").write_bytes(b"no model")
+    assert "is no ONNX file of export.py" in rejected("evaluate.py", "--model", folder / "wrong.onnx", *options)
+    assert "nowhere.onnx: no such file" in rejected("evaluate.py", "--model", folder / "nowhere.onnx", *options)
+
+
+def test_export_of_something_else(folder):
+    assert "is no folder of a trained student" in rejected("export.py", "--model", folder / "support")
+
+
+def test_int8_without_images_and_tensorrt_without_tensorrt(run_dir, tmp_path):
+    options = ("--model", run_dir / "student", "--output_dir", tmp_path)
+    assert "needs --data_dir" in rejected("export.py", *options, "--precision", "int8")
+    err = rejected("export.py", *options, "--runtime", "tensorrt")
+    assert "pip install tensorrt" in err
+    assert (tmp_path / "student_fp32.onnx").is_file() and json.loads((tmp_path / "benchmark.json").read_text())
+
+
+def test_episode_with_too_many_ways(tmp_path):
+    many = len(icons_fs.load_splits()["val"]) + 1
+    assert f"--num_ways {many}" in rejected("-m", "common.icons_fs", "--split", "val", "--num_ways", many,
+                                            "--output_dir", tmp_path)  # fmt: skip

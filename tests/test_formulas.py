@@ -1,0 +1,225 @@
+"""Each formula against an independent computation: float64 by hand, diffusers' schedulers, SciPy, or Monte Carlo."""
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMInverseScheduler, DDIMScheduler
+
+import distill
+import tint_generate
+import tint_invert
+from common import diffusion, models, statistics
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+
+
+def latents(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("spacing, offset", [("leading", 1), ("trailing", 0)])
+def test_ddim_step_equals_the_scheduler_of_diffusers(prediction_type, spacing, offset):
+    scheduler = DDIMScheduler(
+        **BETAS,
+        prediction_type=prediction_type,
+        timestep_spacing=spacing,
+        steps_offset=offset,
+        set_alpha_to_one=False,
+    )
+    schedule = diffusion.make_schedule(scheduler, 20)
+    assert schedule.timesteps == tuple(scheduler.timesteps.tolist())
+    z = latents(2, 4, 8, 8)
+    for i, t in enumerate(schedule.timesteps):
+        prediction = latents(2, 4, 8, 8, seed=i + 1)
+        expected = scheduler.step(prediction, t, z).prev_sample
+        eps = diffusion.to_noise(prediction_type, prediction, z, schedule.abar[i])
+        z = diffusion.ddim_step(z, eps, schedule.abar[i], schedule.abar[i + 1])
+        torch.testing.assert_close(z, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_ddim_step_backward_undoes_forward_and_equals_the_inverse_scheduler():
+    z, eps = latents(2, 4, 8, 8), latents(2, 4, 8, 8, seed=1)
+    moved = diffusion.ddim_step(z, eps, 0.9, 0.3)
+    torch.testing.assert_close(diffusion.ddim_step(moved, eps, 0.3, 0.9), z)
+    x0 = (z - np.sqrt(0.1) * eps) / np.sqrt(0.9)
+    torch.testing.assert_close(moved, np.sqrt(0.3) * x0 + np.sqrt(0.7) * eps)
+
+    inverse = DDIMInverseScheduler(**BETAS, timestep_spacing="leading", steps_offset=1)
+    inverse.set_timesteps(10)
+    t = int(inverse.timesteps[4])
+    abar_from, abar_to = inverse.alphas_cumprod[t - 100].item(), inverse.alphas_cumprod[t].item()
+    expected = inverse.step(eps, t, z).prev_sample
+    torch.testing.assert_close(diffusion.ddim_step(z, eps, abar_from, abar_to), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_velocity_and_noise_name_the_same_network():
+    x0, eps, abar = latents(2, 4, 8, 8), latents(2, 4, 8, 8, seed=1), 0.37
+    z = np.sqrt(abar) * x0 + np.sqrt(1 - abar) * eps
+    velocity = np.sqrt(abar) * eps - np.sqrt(1 - abar) * x0
+    torch.testing.assert_close(diffusion.to_noise("v_prediction", velocity, z, abar), eps)
+    torch.testing.assert_close(diffusion.to_noise("epsilon", eps, z, abar), eps)
+
+
+def test_guidance():
+    uncond, cond = latents(3), latents(3, seed=1)
+    torch.testing.assert_close(diffusion.guide(uncond, cond, 0.0), uncond)
+    torch.testing.assert_close(diffusion.guide(uncond, cond, 1.0), cond)
+    torch.testing.assert_close(diffusion.guide(uncond, cond, 7.5), 7.5 * cond - 6.5 * uncond)
+
+
+def test_blending_keeps_the_length_between_its_two_ends():
+    z, n = 0.8 * latents(5, 4, 8, 8), latents(5, 4, 8, 8, seed=1)
+    for alpha in (0.0, 0.3, 0.5, 1.0):
+        mixed = tint_generate.blend(z, n, torch.full((5,), alpha, dtype=torch.float64))
+        for k in range(5):
+            a, b = z[k].numpy(), n[k].numpy()
+            length = (1 - alpha) * np.sqrt((a**2).mean()) + alpha * np.sqrt((b**2).mean())
+            raw = (1 - alpha) * a + alpha * b
+            np.testing.assert_allclose(mixed[k].numpy(), raw * length / np.sqrt((raw**2).mean()), rtol=1e-10)
+    torch.testing.assert_close(tint_generate.blend(z, n, torch.zeros(5).double()), z)
+    torch.testing.assert_close(tint_generate.blend(z, n, torch.ones(5).double()), n)
+
+
+def test_distillation_loss_is_the_divergence_that_scipy_computes():
+    student, teacher = latents(6, 5), latents(6, 5, seed=1)
+    p, q = (scipy.special.softmax(x.numpy() / 3.0, -1) for x in (teacher, student))
+    expected = 9 * scipy.stats.entropy(p, q, axis=-1).mean()
+    assert distill.distillation_loss(student, teacher, 3.0).item() == pytest.approx(expected, rel=1e-5)
+    assert distill.distillation_loss(teacher, teacher, 3.0).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_mixup_is_a_convex_combination_with_beta_weights():
+    x = latents(4, 3, 2, 2)
+    weights = []
+    rng = np.random.default_rng(0)
+    for _ in range(4000):
+        mixed = distill.mixup(x, 0.4, rng)
+        weights.append(((mixed - x.flip(0))[0] / (x - x.flip(0))[0]).mean().item())
+    assert scipy.stats.kstest(weights, scipy.stats.beta(0.4, 0.4).cdf).pvalue > 0.001
+    assert distill.mixup(x, 0.0, rng) is x
+
+
+def test_wilson_interval_equals_scipy_and_covers():
+    for correct, count in [(0, 10), (3, 10), (97, 100), (500, 500)]:
+        expected = scipy.stats.binomtest(correct, count).proportion_ci(0.95, method="wilson")
+        assert statistics.wilson_interval(correct, count) == pytest.approx((expected.low, expected.high))
+    rng = np.random.default_rng(0)
+    for p in (0.5, 0.9, 0.98):
+        hits = rng.binomial(200, p, 10_000)
+        intervals = {k: statistics.wilson_interval(k, 200) for k in set(hits.tolist())}
+        coverage = np.mean([intervals[k][0] <= p <= intervals[k][1] for k in hits.tolist()])
+        assert 0.93 < coverage < 0.975
+
+
+def test_paired_difference_covers_and_beats_unpaired():
+    rng = np.random.default_rng(0)
+    covered, width = [], []
+    for _ in range(2000):
+        difficulty = rng.random(300)
+        a, b = difficulty < 0.85, difficulty + 0.1 * rng.random(300) < 0.85
+        mean, low, high = statistics.paired_difference(a.astype(int).tolist(), b.astype(int).tolist())
+        assert mean == pytest.approx(a.mean() - b.mean())
+        covered.append(low <= 0.05 <= high)
+        width.append(high - low)
+    assert 0.93 < np.mean(covered) < 0.97
+    assert np.mean(width) < 2 * 1.96 * np.sqrt(2 * 0.85 * 0.15 / 300)
+
+
+def test_prototype_classifier_by_hand():
+    torch.manual_seed(0)
+    model = models.load_model("conv4_64", pretrained=False)
+    supports, queries = torch.rand(6, 3, 32, 32), torch.rand(4, 3, 32, 32)
+    labels = torch.tensor([0, 0, 0, 1, 1, 1])
+    logits = models.PrototypeClassifier(model, supports, labels, scale=7.0)(queries).detach().numpy()
+    with torch.no_grad():
+        s, q = (models.features(model, x).double().numpy() for x in (supports, queries))
+    center = s.mean(0)
+    s, q = ((x - center) / np.linalg.norm(x - center, axis=1, keepdims=True) for x in (s, q))
+    prototypes = np.stack([s[:3].mean(0), s[3:].mean(0)])
+    prototypes /= np.linalg.norm(prototypes, axis=1, keepdims=True)
+    np.testing.assert_allclose(logits, 7.0 * q @ prototypes.T, rtol=1e-3, atol=1e-4)
+
+
+def test_an_imprinted_student_answers_as_its_prototypes():
+    torch.manual_seed(0)
+    student = models.load_model("assets/student")
+    student.reset_classifier(3)
+    supports, queries = torch.rand(9, 3, 32, 32), torch.rand(50, 3, 32, 32)
+    labels = torch.arange(3).repeat(3)
+    distill.imprint(student, supports, labels, 10.0)
+    with torch.no_grad():
+        by_head = student(models.normalize(student, queries))
+        by_prototypes = models.PrototypeClassifier(student, supports, labels)(queries)
+    assert (by_head.argmax(1) == by_prototypes.argmax(1)).all()
+
+
+def test_normalize_subtracts_mean_and_divides_by_std():
+    model = models.load_model("resnet10t.c3_in1k", pretrained=False)
+    mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
+    size = models.input_size(model)
+    for images in (torch.full((1, 3, *size), 0.5), torch.full((1, 3, 50, 50), 0.5)):
+        out = models.normalize(model, images)
+        assert out.shape[-2:] == size
+        for c in range(3):
+            assert out[0, c].mean().item() == pytest.approx((0.5 - mean[c]) / std[c], rel=1e-4)
+
+
+def test_conv4_has_the_parameters_of_the_literature():
+    model = models.load_model("conv4_64", pretrained=False, num_classes=5, img_size=84)
+    body = 3 * 64 * 9 + 64 + 3 * (64 * 64 * 9 + 64) + 4 * 2 * 64
+    assert sum(p.numel() for p in model.blocks.parameters()) == body == 113_088
+    assert model.num_features == 1600
+    assert model(torch.zeros(1, 3, 84, 84)).shape == (1, 5)
+
+
+def test_psnr_by_hand():
+    x = torch.zeros(1, 3, 4, 4)
+    assert tint_invert.psnr(x + 0.1, x).item() == pytest.approx(20.0, abs=1e-4)
+
+
+def test_diffusion_loss_is_the_mean_square_of_noise_or_velocity():
+    class Pipe:
+        """A network that answers zero: the loss is then the mean square of its target."""
+
+        def __init__(self, prediction_type):
+            self.scheduler = DDIMScheduler(**BETAS, prediction_type=prediction_type)
+            self.unet = lambda z, t, c: type("Output", (), {"sample": torch.zeros_like(z)})
+            self.unet.dtype = torch.float32
+
+    z0, noise = latents(3, 4, 8, 8).float(), latents(3, 4, 8, 8, seed=1).float()
+    t = torch.tensor([10, 400, 900])
+    abar = Pipe("epsilon").scheduler.alphas_cumprod[t].double().numpy()[:, None, None, None]
+    loss = tint_invert.diffusion_loss(Pipe("epsilon"), z0, t, noise, torch.zeros(3, 2, 2))
+    np.testing.assert_allclose(loss.numpy(), (noise.numpy() ** 2).mean((1, 2, 3)), rtol=1e-5)
+    loss = tint_invert.diffusion_loss(Pipe("v_prediction"), z0, t, noise, torch.zeros(3, 2, 2))
+    velocity = np.sqrt(abar) * noise.numpy() - np.sqrt(1 - abar) * z0.numpy()
+    np.testing.assert_allclose(loss.numpy(), (velocity**2).mean((1, 2, 3)), rtol=1e-4)
+
+
+def test_timesteps_are_stratified_and_uniform():
+    scheduler = DDIMScheduler(**BETAS)
+    rng = torch.Generator().manual_seed(0)
+    drawn = torch.stack([tint_invert.draw_noisy_latents(torch.zeros(3, 1, 1, 1), scheduler, 5, 250, rng)[1]
+                         for _ in range(2000)])  # fmt: skip
+    assert drawn.min() >= 250 and drawn.max() <= 999
+    assert (drawn.diff(dim=1) > 0).all()  # one from each fifth
+    assert scipy.stats.kstest(drawn.flatten().numpy(), scipy.stats.uniform(250, 750).cdf).pvalue > 0.001
+
+
+def test_new_words_alone_receive_the_gradient():
+    encoder = type("Encoder", (), {})()
+    embedding = torch.nn.Embedding(10, 4).requires_grad_(False)
+    encoder.get_input_embeddings = lambda: embedding
+    vectors = torch.randn(2, 4, requires_grad=True)
+    ids = torch.tensor([[1, 8, 9, 8]])
+    with tint_invert.new_words(encoder, 8, vectors):
+        out = embedding(ids)
+    expected = torch.stack([embedding.weight[1], vectors[0], vectors[1], vectors[0]])[None]
+    torch.testing.assert_close(out, expected)
+    out.sum().backward()
+    torch.testing.assert_close(vectors.grad, torch.tensor([[2.0] * 4, [1.0] * 4]))
+    assert embedding.weight.grad is None
+    torch.testing.assert_close(embedding(ids), F.embedding(ids, embedding.weight))

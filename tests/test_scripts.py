@@ -1,0 +1,238 @@
+"""The scripts as a user launches them, on a small episode: what they write, and that it does not depend on how."""
+
+import json
+import shutil
+
+import numpy as np
+import onnxruntime
+import pytest
+import timm
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+from torchvision.datasets import ImageFolder
+
+from common import diffusion, models
+from common.images import load_folder, load_image
+from tests.conftest import ACCELERATE, INVERT, PYTHON, ROOT, TWO_PROCESSES, launch
+
+
+def classes_of(root):
+    return sorted(p.name for p in (root / "support").iterdir())
+
+
+def pixels(path):
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def generate(root, output_dir, *options, by=PYTHON):
+    launch("tint_generate.py", "--inversion_dir", root / "inversion", "--output_dir", output_dir, *options, by=by)
+
+
+def test_inversion_writes_what_the_contract_says(run_dir):
+    for name in classes_of(run_dir):
+        folder = run_dir / "inversion" / name
+        assert {p.name for p in folder.iterdir()} == {
+            "learned_embeds.safetensors", "null_text.safetensors", "null_text_plain.safetensors", "inversion.json",
+            "reconstruction.png",
+        }  # fmt: skip
+        assert {k: v.shape for k, v in load_file(folder / "learned_embeds.safetensors").items()} == {
+            f"<{name}>": (2, 128)
+        }
+        for file in ("null_text", "null_text_plain"):
+            tensors = load_file(folder / f"{file}.safetensors")
+            assert tensors["latents"].shape == (2, 4, 8, 8)
+            assert tensors["null_embeddings"].shape == (2, 4, 16, 128)
+        facts = json.loads((folder / "inversion.json").read_text())
+        assert facts["images"] == sorted(p.name for p in (run_dir / "support" / name).iterdir())
+        assert [step for step, _ in facts["textual_inversion_loss"]] == [0, 3, 6]
+        psnr = facts["reconstruction_psnr_db"]
+        assert all(len(psnr[kind]) == 2 for kind in ("vae", "ddim", "null_text"))
+
+
+def test_the_learned_word_works_in_a_stock_pipeline(run_dir):
+    name = classes_of(run_dir)[0]
+    pipe = StableDiffusionPipeline.from_pretrained(ROOT / "assets" / "mini-sd", safety_checker=None)
+    pipe.load_textual_inversion(str(run_dir / "inversion" / name / "learned_embeds.safetensors"))
+    vectors = load_file(run_dir / "inversion" / name / "learned_embeds.safetensors")[f"<{name}>"]
+    ids = pipe.tokenizer.convert_tokens_to_ids([f"<{name}>", f"<{name}>_1"])
+    torch.testing.assert_close(pipe.text_encoder.get_input_embeddings().weight[ids], vectors)
+    pipe.set_progress_bar_config(disable=True)
+    draw = [
+        pipe(prompt, num_inference_steps=2, output_type="pt", generator=torch.Generator().manual_seed(0)).images
+        for prompt in (f"an icon of a <{name}>", "an icon of a")
+    ]
+    assert draw[0].shape == (1, 3, 32, 32) and (draw[0] - draw[1]).abs().max() > 0.01
+
+
+def test_generation_writes_what_the_contract_says(run_dir):
+    rows = [json.loads(line) for line in (run_dir / "generated" / "metadata.jsonl").read_text().splitlines()]
+    names = classes_of(run_dir)
+    assert [row["file_name"] for row in rows] == [f"{name}/{i:05d}.png" for name in names for i in range(6)]
+    assert [row["alpha"] for row in rows[:6]] == [0, 0.5, 1] * 2
+    assert len({row["support_image"] for row in rows[:6]}) == 2
+    dataset = ImageFolder(run_dir / "generated")
+    assert dataset.classes == names and len(dataset) == 12 and dataset[0][0].size == (32, 32)
+    grid = pixels(run_dir / "generated" / "grid.png")
+    assert grid.shape == (4 * 66 + 2, 4 * 66 + 2, 3)  # supports and three alphas; two supports of two classes
+
+
+def test_alpha_zero_gives_the_null_text_reconstruction_back(run_dir):
+    for name in classes_of(run_dir):
+        facts = json.loads((run_dir / "inversion" / name / "inversion.json").read_text())
+        for k, (image, expected) in enumerate(zip(facts["images"], facts["reconstruction_psnr_db"]["null_text"])):
+            original = load_image(run_dir / "support" / name / image)
+            made = load_image(run_dir / "generated" / name / f"{3 * k:05d}.png")  # alpha 0 of support k
+            psnr = -10 * ((made - original) ** 2).mean().log10().item()
+            assert psnr == pytest.approx(expected, abs=0.1)
+
+
+def test_images_do_not_depend_on_batch_size_processes_or_restarts(run_dir, tmp_path):
+    options = ("--num_images_per_class", 6, "--alpha", 0, 0.5, 1)
+    generate(run_dir, tmp_path / "two", *options, "--batch_size", 4, by=TWO_PROCESSES)
+    shutil.copytree(run_dir / "generated", tmp_path / "restarted")
+    removed = sorted((tmp_path / "restarted").glob("*/*.png"))[1::3]
+    for path in removed:
+        path.unlink()
+    generate(run_dir, tmp_path / "restarted", *options, by=ACCELERATE)
+    for path in sorted((run_dir / "generated").glob("*/*.png")):
+        for other in ("two", "restarted"):
+            difference = np.abs(pixels(path) - pixels(tmp_path / other / path.relative_to(run_dir / "generated")))
+            assert difference.mean() < 1 and difference.max() < 16
+    metadata = {(d / "metadata.jsonl").read_text() for d in (run_dir / "generated", tmp_path / "two")}
+    assert len(metadata) == 1
+
+
+def test_the_methods_start_from_what_they_say(run_dir, tmp_path):
+    made = {}
+    for method in ("tint", "textual_inversion", "null_text"):
+        generate(run_dir, tmp_path / method, "--num_images_per_class", 2, "--alpha", 1, "--method", method)
+        made[method] = load_folder(tmp_path / method)[0]
+    # At alpha 1 all three start from the same noise and differ by prompt and null-text alone.
+    for a, b in (("tint", "textual_inversion"), ("tint", "null_text"), ("textual_inversion", "null_text")):
+        assert (made[a] - made[b]).abs().mean() > 0.003
+    rows = [json.loads(line) for line in (tmp_path / "textual_inversion" / "metadata.jsonl").read_text().splitlines()]
+    assert "alpha" not in rows[0] and "support_image" not in rows[0]
+
+
+def test_inversion_does_not_depend_on_batching_or_processes(run_dir, tmp_path):
+    options = ("--support_dir", run_dir / "support", "--plain_prompt", "an icon", "--num_vectors", 2, *INVERT)
+    launch("tint_invert.py", *options, "--output_dir", tmp_path, "--class_batch_size", 1,
+           "--null_text_batch_size", 1, by=TWO_PROCESSES)  # fmt: skip
+    for name in classes_of(run_dir):
+        for file in ("learned_embeds", "null_text"):
+            ours, reference = (load_file(d / name / f"{file}.safetensors") for d in (tmp_path, run_dir / "inversion"))
+            for key in reference:
+                torch.testing.assert_close(ours[key], reference[key], rtol=0.01, atol=0.01)
+
+
+def test_a_second_run_changes_nothing_and_other_settings_are_refused(run_dir):
+    options = ("--support_dir", run_dir / "support", "--output_dir", run_dir / "inversion", "--plain_prompt", "an icon")
+    marker = run_dir / "inversion" / classes_of(run_dir)[0] / "inversion.json"
+    before = marker.stat().st_mtime_ns
+    out, _ = launch("tint_invert.py", *options, "--num_vectors", 2, *INVERT)
+    assert "of which 0 new" in out and marker.stat().st_mtime_ns == before
+    _, err = launch("tint_invert.py", *options, "--num_vectors", 1, *INVERT, code=2)
+    assert "--num_vectors 2 then, 1 now" in err and marker.stat().st_mtime_ns == before
+
+
+def test_the_student_is_a_timm_model(run_dir, tmp_path):
+    student = timm.create_model(f"local-dir:{run_dir / 'student'}", pretrained=True).eval()
+    config = json.loads((run_dir / "student" / "config.json").read_text())
+    assert config["architecture"] == "conv4_64" and config["label_names"] == classes_of(run_dir)
+    assert config["pretrained_cfg"]["mean"] == [0.5] * 3 and config["pretrained_cfg"]["input_size"] == [3, 32, 32]
+    ours = models.load_model(str(run_dir / "student"))
+    x = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(student(x), ours(x))
+    # Any timm model can be a student from random weights, and any a teacher; sizes and normalisation differ here.
+    launch("distill.py", "--support_dir", run_dir / "support", "--student", "test_resnet.r160_in1k",
+           "--output_dir", tmp_path / "timm", "--max_train_steps", 2, "--train_batch_size", 4)  # fmt: skip
+    launch("distill.py", "--support_dir", run_dir / "support", "--teacher", tmp_path / "timm",
+           "--output_dir", tmp_path / "student", "--max_train_steps", 2, "--train_batch_size", 4)  # fmt: skip
+    stock = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True)
+    assert stock.num_classes == 2 and models.class_names(tmp_path / "student") == classes_of(run_dir)
+
+
+def test_distillation_is_reproducible_and_lowers_its_loss(run_dir, tmp_path):
+    options = ("--support_dir", run_dir / "support", "--train_dir", run_dir / "generated", "--train_batch_size", 8)
+    launch("distill.py", *options, "--output_dir", tmp_path / "again", "--max_train_steps", 10, by=ACCELERATE)
+    again, first = (load_file(d / "model.safetensors") for d in (tmp_path / "again", run_dir / "student"))
+    assert all(torch.equal(again[k], first[k]) for k in first)
+    launch("distill.py", *options, "--output_dir", tmp_path / "long", "--student", "conv4_64", "--max_train_steps", 60)
+    losses = [loss for _, loss in json.loads((tmp_path / "long" / "distill.json").read_text())["loss"]]
+    assert losses[-1] < 0.7 * losses[0]
+    launch("distill.py", *options, "--output_dir", tmp_path / "two", "--max_train_steps", 4, by=TWO_PROCESSES)
+    assert (tmp_path / "two" / "model.safetensors").is_file()
+
+
+def test_evaluation_counts_right_answers(run_dir, tmp_path):
+    onnx = run_dir / "export" / "student_fp32.onnx"
+    launch("evaluate.py", "--model", f"student={run_dir / 'student'}", f"onnx={onnx}", "before=assets/student",
+           "--data_dir", run_dir / "query", "--support_dir", run_dir / "support", "--output_dir", tmp_path,
+           by=TWO_PROCESSES)  # fmt: skip
+    results = json.loads((tmp_path / "results.json").read_text())
+    images, labels, names, _ = load_folder(run_dir / "query")
+    student = models.load_model(str(run_dir / "student"))
+    with torch.no_grad():
+        correct = student(models.normalize(student, images)).argmax(-1) == labels
+    found = results["methods"]["student"]
+    assert found["correct"] == correct.int().tolist() and found["mean"] == pytest.approx(correct.double().mean())
+    assert found["per_class"][names[0]]["mean"] == pytest.approx(correct[labels == 0].double().mean())
+    assert np.sum(found["confusion"]["counts"]) == len(labels)
+    assert np.trace(found["confusion"]["counts"]) == correct.sum()
+    assert results["methods"]["onnx"]["correct"] == found["correct"]
+    assert results["methods"]["before"]["mean"] > 0.6  # two classes; chance is 0.5
+    report = (tmp_path / "report.html").read_text()
+    assert all(name in report for name in ("student", "onnx", "before", *names)) and "http" not in report
+
+
+def test_export_answers_as_pytorch_does(run_dir):
+    facts = json.loads((run_dir / "export" / "benchmark.json").read_text())
+    assert facts["fidelity"]["fp32"]["max_abs_diff"] < 1e-4
+    assert facts["fidelity"]["fp16"]["top1_agreement"] == 1
+    assert facts["fidelity"]["int8"]["top1_agreement"] > 0.8  # 12 images, some of them between the classes
+    student = models.load_model(str(run_dir / "student"))
+    session = onnxruntime.InferenceSession(run_dir / "export" / "student_fp32.onnx")
+    for batch_size in (1, 3, 17):
+        x = torch.randn(batch_size, 3, 32, 32)
+        logits = session.run(["logits"], {"images": x.numpy()})[0]
+        np.testing.assert_allclose(logits, student(x).detach().numpy(), atol=1e-4)
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["classes"]) == classes_of(run_dir)
+    assert json.loads(metadata["preprocessing"])["input_size"] == [3, 32, 32]
+    assert {row["model"] for row in facts["latency"]} == {
+        "student torch", "teacher torch", "student onnx fp32", "student onnx fp16", "student onnx int8",
+    }  # fmt: skip
+    assert all(0 < row["median_ms"] <= row["p90_ms"] <= row["p99_ms"] for row in facts["latency"])
+
+
+@pytest.mark.parametrize("kind", ["tiny_sd1", "tiny_sd2"])
+def test_models_of_both_stable_diffusion_generations(kind, run_dir, tmp_path, request):
+    model = request.getfixturevalue(kind)
+    name = classes_of(run_dir)[0]
+    shutil.copytree(run_dir / "support" / name, tmp_path / "support" / name)
+    launch("tint_invert.py", "--pretrained_model_name_or_path", model, "--support_dir", tmp_path / "support",
+           "--output_dir", tmp_path / "inversion", "--prompt", "a {}", "--fallback_token", "icon",
+           "--guidance_scale", 3, "--mixed_precision", "bf16", "--gradient_checkpointing", *INVERT)  # fmt: skip
+    generate(tmp_path, tmp_path / "generated", "--num_images_per_class", 2, "--mixed_precision", "bf16")
+    pipe = diffusion.load_stable_diffusion(str(model), "cpu")
+    assert pipe.scheduler.config.prediction_type == ("epsilon" if kind == "tiny_sd1" else "v_prediction")
+    facts = json.loads((tmp_path / "inversion" / name / "inversion.json").read_text())
+    psnr = {k: np.mean(v) for k, v in facts["reconstruction_psnr_db"].items()}
+    assert all(np.isfinite(v) for v in psnr.values())
+    assert facts["settings"]["resolution"] == 64 and facts["image_size"] == 32
+    assert load_file(tmp_path / "inversion" / name / "learned_embeds.safetensors")[f"<{name}>"].dtype == torch.float32
+    assert pixels(tmp_path / "generated" / name / "00000.png").shape == (32, 32, 3)
+
+
+def test_null_text_inversion_at_the_default_settings_reconstructs(tmp_path):
+    """Within 1 dB of the VAE alone and 3 dB above DDIM inversion at the same guidance, on novel images."""
+    launch("-m", "common.icons_fs", "--output_dir", tmp_path, "--num_shots", 2)
+    launch("tint_invert.py", "--support_dir", tmp_path / "support", "--output_dir", tmp_path / "inversion",
+           "--max_train_steps", 20)  # fmt: skip
+    records = [json.loads(p.read_text()) for p in tmp_path.glob("inversion/*/inversion.json")]
+    psnr = {k: np.mean([r["reconstruction_psnr_db"][k] for r in records]) for k in ("vae", "ddim", "null_text")}
+    assert len(records) == 5
+    assert psnr["null_text"] > psnr["vae"] - 1
+    assert psnr["null_text"] > psnr["ddim"] + 3
