@@ -78,12 +78,16 @@ def positive_int(text):
 def start(args):
     """The Accelerator of a script, with its trackers started.
 
-    `accelerate launch` exports OMP_NUM_THREADS=1 on a machine without a GPU where nobody has set it. One process then
-    leaves all cores but one idle, so the cores of this machine are shared out among its processes instead.
+    Without a GPU, Accelerate must be told to use the CPU, or several processes would each do all the work. And
+    `accelerate launch` then exports OMP_NUM_THREADS=1 where nobody has set it, which would leave one process all cores
+    but one idle: the cores of this machine are shared out among its processes instead.
     """
     try:
         accelerator = Accelerator(
-            mixed_precision=args.mixed_precision, log_with=args.report_to, project_dir=args.output_dir
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision=args.mixed_precision,
+            log_with=args.report_to,
+            project_dir=args.output_dir,
         )
     except ValueError as error:
         raise UserError(f"--mixed_precision or --report_to cannot be had here: {error}") from error
