@@ -8,6 +8,7 @@ Finished stages are kept: an interrupted demo goes on where it stopped. Delete o
 import argparse
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -16,102 +17,27 @@ from pathlib import Path
 
 from common.cli import HelpFormatter, run, write_json
 
-LAUNCH = [
-    "-m",
-    "accelerate.commands.launch",
-    "--num_processes",
-    "1",
-    "--num_machines",
-    "1",
-    "--mixed_precision",
-    "no",
-    "--dynamo_backend",
-    "no",
-]
-NAMES = {
+LAUNCH = "-m accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
+STAGES = [
+    ("episode", "-m common.icons_fs --output_dir {root} --seed {seed}"),
+    ("invert", "{launch} tint_invert.py --support_dir {root}/support --output_dir {root}/inversion --seed {seed}"),
+    ("generate", "{launch} tint_generate.py --inversion_dir {root}/inversion --output_dir {root}/generated"
+                 " --num_images_per_class 100 --alpha 0.3 0.5 0.7 --seed {seed}"),
+    ("distill", "{launch} distill.py --support_dir {root}/support --output_dir {root}/student_supports --seed {seed}"),
+    ("distill", "{launch} distill.py --support_dir {root}/support --output_dir {root}/student --seed {seed}"
+                " --train_dir {root}/generated"),
+    ("evaluate", "{launch} evaluate.py --data_dir {root}/query --support_dir {root}/support"
+                 " --output_dir {root}/evaluation --model teacher=assets/teacher student_before=assets/student"
+                 " student_supports={root}/student_supports student_tint={root}/student --seed {seed}"),
+    ("export", "{launch} export.py --model {root}/student --output_dir {root}/export --data_dir {root}/query"
+               " --benchmark --teacher assets/teacher --seed {seed}"),
+]  # fmt: skip
+TITLES = {
     "teacher": "teacher (cosine prototypes)",
     "student_before": "student before distillation",
     "student_supports": "student distilled on the supports alone",
     "student_tint": "student distilled on TINT images",
 }
-
-
-def stages(root, seed):
-    """(stage, [arguments of its commands]), in order; the first writes the episode, the others are the five scripts."""
-    support, query, student = root / "support", root / "query", root / "student"
-    common = ["--seed", seed]
-    distill = ["distill.py", "--support_dir", support, *common]
-    methods = [
-        "teacher=assets/teacher",
-        "student_before=assets/student",
-        f"student_supports={root / 'student_supports'}",
-        f"student_tint={student}",
-    ]
-    return [
-        ("episode", [["-m", "common.icons_fs", "--output_dir", root, *common]]),
-        (
-            "invert",
-            [[*LAUNCH, "tint_invert.py", "--support_dir", support, "--output_dir", root / "inversion", *common]],
-        ),
-        (
-            "generate",
-            [
-                [
-                    *LAUNCH,
-                    "tint_generate.py",
-                    "--inversion_dir",
-                    root / "inversion",
-                    "--output_dir",
-                    root / "generated",
-                    *common,
-                ]
-            ],
-        ),
-        (
-            "distill",
-            [
-                [*LAUNCH, *distill, "--output_dir", root / "student_supports"],
-                [*LAUNCH, *distill, "--output_dir", student, "--train_dir", root / "generated"],
-            ],
-        ),
-        (
-            "evaluate",
-            [
-                [
-                    *LAUNCH,
-                    "evaluate.py",
-                    "--model",
-                    *methods,
-                    "--data_dir",
-                    query,
-                    "--support_dir",
-                    support,
-                    "--output_dir",
-                    root / "evaluation",
-                    *common,
-                ]
-            ],
-        ),
-        (
-            "export",
-            [
-                [
-                    *LAUNCH,
-                    "export.py",
-                    "--model",
-                    student,
-                    "--data_dir",
-                    query,
-                    "--benchmark",
-                    "--teacher",
-                    "assets/teacher",
-                    "--output_dir",
-                    root / "export",
-                    *common,
-                ]
-            ],
-        ),
-    ]
 
 
 def summarise(root, wall_seconds):
@@ -138,29 +64,32 @@ def summarise(root, wall_seconds):
 
 
 def main(args):
-    root, here = Path(args.output_dir), Path(__file__).parent
+    root, here = Path(args.output_dir).resolve(), Path(__file__).parent
     root.mkdir(parents=True, exist_ok=True)
-    record = root / "wall_seconds.json"
-    wall_seconds = json.loads(record.read_text()) if record.is_file() else {}
+    record = root / "wall_seconds.json"  # of each command that is done
+    done = json.loads(record.read_text()) if record.is_file() else {}
     environment = dict(os.environ)
     if not sys.stderr.isatty():
         environment["TQDM_MININTERVAL"] = "20"  # a log needs no moving bar
-    for stage, commands in stages(root.resolve(), args.seed):
-        if stage in wall_seconds:
+    for number, (stage, template) in enumerate(STAGES):
+        command = template.format(launch=LAUNCH, root=shlex.quote(str(root)), seed=args.seed)
+        if str(number) in done:
             continue
-        print(f"--- {stage}", flush=True)
+        print(f"--- {stage}: python {command}", flush=True)
         before = time.time()
-        for command in commands:
-            code = subprocess.run([sys.executable, *map(str, command)], cwd=here, env=environment).returncode
-            if code:
-                sys.exit(code)  # the script has said why
-        wall_seconds[stage] = round(time.time() - before, 1)
-        write_json(record, wall_seconds)
+        code = subprocess.run([sys.executable, *shlex.split(command)], cwd=here, env=environment).returncode
+        if code:
+            sys.exit(code)  # the script has said why
+        done[str(number)] = round(time.time() - before, 1)
+        write_json(record, done)
 
+    wall_seconds = {}
+    for number, (stage, _) in enumerate(STAGES):
+        wall_seconds[stage] = round(wall_seconds.get(stage, 0) + done[str(number)], 1)
     summary = summarise(root, wall_seconds)
     write_json(root / "summary.json", summary)
     print(f"\naccuracy on the other images of the episode's classes, 95% interval ({sum(wall_seconds.values()):.0f} s)")
-    for name, title in NAMES.items():
+    for name, title in TITLES.items():
         mean, (low, high) = (summary["accuracy"][name][k] for k in ("mean", "ci95"))
         print(f"  {title:42} {mean:6.1%}  [{low:.1%}, {high:.1%}]")
     for pair in summary["paired_differences"]:
@@ -173,6 +102,7 @@ def main(args):
         f"latency of one image: teacher {latency['teacher']:.2f} ms, student {latency['student_torch']:.2f} ms in "
         f"PyTorch and {latency['student_onnx']:.2f} ms in ONNX Runtime"
     )
+    root = args.output_dir
     print(f"pictures: {root}/generated/grid.png, {root}/inversion/*/reconstruction.png, {root}/evaluation/report.html")
 
 

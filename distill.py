@@ -147,12 +147,12 @@ def main(args):
         accelerator.print(f"{output_dir} is already there, with the same settings")
         return
 
-    teacher = models.load_model(args.teacher)
+    teacher = models.load_model(args.teacher, image_size=args.teacher_image_size)
     size = max(models.input_size(teacher) + models.input_size(models.load_model(args.student, pretrained=False)))
-    supports, labels, classes, _ = load_folder(args.support_dir, args.image_size or size)
+    supports, labels, classes, _ = load_folder(args.support_dir, size)
     generated = torch.empty(0, 3, size, size)
     if args.train_dir:
-        generated = load_folder(args.train_dir, args.image_size or size, classes)[0]
+        generated = load_folder(args.train_dir, size, classes)[0]
     device = accelerator.device
     teacher = models.PrototypeClassifier(teacher.to(device), supports.to(device), labels, args.teacher_scale)
     student = load_student(args, len(classes), supports, labels)
@@ -213,10 +213,10 @@ def parse_args():
     add("--train_dir", help="generated images: one folder per class; default: train on the supports alone")
     add("--teacher", default="assets/teacher", help="timm backbone: model folder, timm name or hf-hub:name")
     add("--teacher_scale", type=float, default=10.0, help="inverse softmax temperature of cosine similarities")
+    add("--teacher_image_size", type=positive_int, help="the teacher's input side; default: its own")
     add("--student", default="assets/student", help="model folder to start from, or timm name for random weights")
-    add("--image_size", type=positive_int, help="side that images are kept at; default: the larger model input")
     add("--support_ratio", type=float, default=0.5, help="share of the views that show supports, with --train_dir")
-    add("--max_train_steps", type=positive_int, default=400, help="steps of optimisation")
+    add("--max_train_steps", type=positive_int, default=300, help="steps of optimisation")
     add("--train_batch_size", type=positive_int, default=50, help="views a step and process")
     add("--learning_rate", type=float, default=1e-3, help="AdamW's highest learning rate")
     add("--weight_decay", type=float, default=1e-2, help="AdamW's weight decay")

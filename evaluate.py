@@ -41,14 +41,17 @@ def load_classifier(path, classes, args, device):
             raise UserError(f"{path}: no such file.")
         model = OnnxClassifier(path)
         return model, model.classes, models.input_size(model)[0]
-    model = models.load_model(path).to(device)
-    size, names = models.input_size(model)[0], models.class_names(path)
+    names = models.class_names(path)
     if names and set(classes) <= set(names):
+        model = models.load_model(path).to(device)
+        size = models.input_size(model)[0]
         return lambda images: model(models.normalize(model, images)), names, size
     if not args.support_dir:
         raise UserError(
             f"{path} does not know the classes of {args.data_dir}: give --support_dir, to classify by prototypes."
         )
+    model = models.load_model(path, image_size=args.teacher_image_size).to(device)
+    size = models.input_size(model)[0]
     supports, labels, names, _ = load_folder(args.support_dir, size)
     if not set(classes) <= set(names):
         raise UserError(f"{args.support_dir} lacks classes of {args.data_dir}: {sorted(set(classes) - set(names))}.")
@@ -208,6 +211,11 @@ def parse_args():
     )
     add("--data_dir", default="outputs/demo/query", help="the images to measure on: one folder per class")
     add("--support_dir", help="support images, for models that do not know the classes")
+    add(
+        "--teacher_image_size",
+        type=positive_int,
+        help="input side of models that classify by prototypes; default: their own",
+    )
     add("--batch_size", type=positive_int, default=64, help="images classified together")
     return parser.parse_args()
 

@@ -193,7 +193,8 @@ def main(args):
     shape = (3, *models.input_size(model))
 
     if args.data_dir:
-        images = load_folder(args.data_dir, shape[-1])[0][:: args.data_stride]
+        images = load_folder(args.data_dir, shape[-1])[0]
+        images = images[:: -(-len(images) // args.num_samples)]
         inputs = models.normalize(model, images)
     else:
         inputs = torch.randn(64, *shape, generator=torch.Generator().manual_seed(args.seed))
@@ -224,7 +225,7 @@ def main(args):
         device = accelerator.device
         callables = {"student torch": torch_callable(model.to(device), device)}
         if args.teacher:
-            teacher = models.load_model(args.teacher).to(device)
+            teacher = models.load_model(args.teacher, image_size=args.teacher_image_size).to(device)
             if models.input_size(teacher) == shape[1:]:
                 callables["teacher torch"] = torch_callable(teacher, device)
             else:
@@ -259,9 +260,10 @@ def parse_args():
         help="tensorrt also builds student.engine, from the last of --precision",
     )
     add("--data_dir", help="images to check answers on and to calibrate int8 with; default: random numbers")
-    add("--data_stride", type=positive_int, default=1, help="use every n-th image of --data_dir")
+    add("--num_samples", type=positive_int, default=512, help="at most so many of these images, evenly spaced")
     add("--benchmark", action="store_true", help="time the models")
     add("--teacher", help="a teacher to time beside the student")
+    add("--teacher_image_size", type=positive_int, help="the teacher's input side; default: its own")
     add("--batch_size", type=positive_int, nargs="+", default=[1], help="batch sizes to time")
     add("--workspace_mib", type=positive_int, default=1024, help="TensorRT's workspace limit in MiB")
     return parser.parse_args()

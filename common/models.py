@@ -125,11 +125,11 @@ def ink_resnet(pretrained=False, **kwargs):
     return build_model_with_cfg(InkResNet, "ink_resnet", pretrained, **kwargs)
 
 
-def load_model(name_or_path, pretrained=True, **kwargs):
+def load_model(name_or_path, pretrained=True, image_size=None, **kwargs):
     """A timm model in eval mode from a model folder, a timm name, or a hub name (`hf-hub:...`).
 
-    A folder's class names, where it has any, are in `model.pretrained_cfg["label_names"]`.
-
+    Args:
+        image_size: input side, default the one that the model was trained at.
     Raises:
         UserError: no such folder or model, or a folder without a loadable model.
     """
@@ -143,7 +143,12 @@ def load_model(name_or_path, pretrained=True, **kwargs):
     else:
         source = name_or_path
     try:
-        return timm.create_model(source, pretrained=pretrained, **kwargs).eval()
+        model = timm.create_model(source, pretrained=pretrained, **kwargs).eval()
+        if image_size:
+            if hasattr(model, "set_input_size"):  # transformers: their position embeddings depend on it
+                model.set_input_size(img_size=(image_size, image_size))
+            model.pretrained_cfg["input_size"] = (3, image_size, image_size)
+        return model
     except Exception as error:  # timm, safetensors, json and the hub each raise their own kinds
         raise UserError(
             f"Cannot load the model {name_or_path}: {error}\nGive a folder with config.json and model.safetensors, "
@@ -173,7 +178,7 @@ def class_names(name_or_path):
 
 
 def input_size(model):
-    """(height, width) that the model was trained at."""
+    """(height, width) of the model's input."""
     return tuple(model.pretrained_cfg["input_size"][1:])
 
 
