@@ -15,15 +15,16 @@ import sys
 import time
 from pathlib import Path
 
-from common.cli import HelpFormatter, run, write_json
+from common.cli import HelpFormatter, check_settings, natural_int, read_json, run, write_json
 
 LAUNCH = "-m accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
 STAGES = [
     ("episode", "-m common.icons_fs --output_dir {root} --seed {seed}"),
     ("invert", "{launch} tint_invert.py --support_dir {root}/support --output_dir {root}/inversion --seed {seed}"),
     ("generate", "{launch} tint_generate.py --inversion_dir {root}/inversion --output_dir {root}/generated"
-                 " --num_images_per_class 100 --alpha 0.3 0.5 0.7 --seed {seed}"),
-    ("distill", "{launch} distill.py --support_dir {root}/support --output_dir {root}/student_supports --seed {seed}"),
+                 " --num_images_per_class 100 --seed {seed}"),
+    ("distill", "{launch} distill.py --support_dir {root}/support --output_dir {root}/student_supports --seed {seed}"
+                " --supports_only"),
     ("distill", "{launch} distill.py --support_dir {root}/support --output_dir {root}/student --seed {seed}"
                 " --train_dir {root}/generated"),
     ("evaluate", "{launch} evaluate.py --data_dir {root}/query --support_dir {root}/support"
@@ -67,7 +68,8 @@ def main(args):
     root, here = Path(args.output_dir).resolve(), Path(__file__).parent
     root.mkdir(parents=True, exist_ok=True)
     record = root / "wall_seconds.json"  # of each command that is done
-    done = json.loads(record.read_text()) if record.is_file() else {}
+    check_settings(record, {"seed": args.seed})
+    done = read_json(record)["commands"] if record.is_file() else {}
     environment = dict(os.environ)
     if not sys.stderr.isatty():
         environment["TQDM_MININTERVAL"] = "20"  # a log needs no moving bar
@@ -81,7 +83,7 @@ def main(args):
         if code:
             sys.exit(code)  # the script has said why
         done[str(number)] = round(time.time() - before, 1)
-        write_json(record, done)
+        write_json(record, {"settings": {"seed": args.seed}, "commands": done})
 
     wall_seconds = {}
     for number, (stage, _) in enumerate(STAGES):
@@ -109,7 +111,7 @@ def main(args):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--output_dir", default="outputs/demo", help="folder to write to")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the episode and of everything random")
+    parser.add_argument("--seed", type=natural_int, default=0, help="seed of the episode and of everything random")
     return parser.parse_args()
 
 

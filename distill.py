@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as TF
 from tqdm.auto import tqdm
 
 from common import models
@@ -23,6 +22,7 @@ from common.cli import (
     UserError,
     argument_parser,
     check_settings,
+    fingerprint,
     generator,
     positive_int,
     run,
@@ -31,7 +31,7 @@ from common.cli import (
     whole_file,
     write_json,
 )
-from common.images import load_folder
+from common.images import list_images, load_folder, open_image
 
 
 class Views(Dataset):
@@ -91,27 +91,30 @@ def distillation_loss(student_logits, teacher_logits, temperature):
 
 
 def imprint(student, supports, labels, scale):
-    """Starts the student's linear head at its own cosine prototypes (weight imprinting, Qi et al., 1712.07136).
+    """Starts the student's head, where it is linear, at its own prototypes (imprinting, Qi et al., 1712.07136).
 
     With prototypes p_c and centre m of `PrototypeClassifier`: logits = W (f - m), W_c = scale * p_c / mean ||f - m||;
     its answers are those of the prototype classifier.
     """
     head = student.get_classifier()
+    if not isinstance(head, torch.nn.Linear):
+        return
     with torch.no_grad():
-        prototypes = models.PrototypeClassifier(student, supports, labels)
-        f = torch.cat([models.features(student, batch) for batch in supports.split(64)])
-        head.weight.copy_(scale * prototypes.prototypes / (f - prototypes.center).norm(dim=-1).mean())
-        head.bias.copy_(-head.weight @ prototypes.center)
+        imprinted = models.PrototypeClassifier(student, supports, labels)
+        head.weight.copy_(scale * imprinted.prototypes / imprinted.spread)
+        head.bias.copy_(-head.weight @ imprinted.center)
 
 
-def load_student(args, num_classes, supports, labels):
-    """The student before training: random weights for a timm name, trained ones with an imprinted head for a folder."""
-    trained = Path(args.student).is_dir() or args.student.startswith("hf-hub:")
+def is_trained(student):
+    """A student from a folder or the hub starts with its weights, one by plain timm name with random ones."""
+    return Path(student).is_dir() or student.startswith("hf-hub:")
+
+
+def load_student(args, num_classes):
+    """The student before training, with a new head for `num_classes` classes."""
     torch.manual_seed(args.seed)
-    student = models.load_model(args.student, pretrained=trained)
+    student = models.load_model(args.student, pretrained=is_trained(args.student), image_size=args.student_image_size)
     student.reset_classifier(num_classes)
-    if trained and isinstance(student.get_classifier(), torch.nn.Linear):
-        imprint(student, supports, labels, args.teacher_scale)
     return student
 
 
@@ -128,9 +131,10 @@ def write_card(path, args, classes, counts, losses):
         "",
         f"Distilled from `{args.teacher}`, specialised by cosine prototypes on {counts[0]} support images, in "
         f"{args.max_train_steps} steps of {args.train_batch_size} views of these and of {counts[1]} generated images. "
-        f"Mean distillation loss over the last tenth of the steps: {losses[-1][1]:.4f}.",
+        f"Mean distillation loss at the end: {losses[-1][1]:.4f}.",
         "",
         "```python",
+        "import common.models  # knows this project's own architectures",
         "import timm",
         f'model = timm.create_model("local-dir:{args.output_dir}", pretrained=True)',
         "```",
@@ -142,24 +146,31 @@ def write_card(path, args, classes, counts, losses):
 def main(args):
     accelerator = start(args)
     output_dir = Path(args.output_dir)
-    settings = settings_of(args, "dataloader_num_workers")
+    classes = list_images(args.support_dir)
+    if len(classes) < 2:
+        raise UserError(f"{args.support_dir} holds one class only: there is nothing to tell apart.")
+    generated = {} if args.supports_only else list_images(args.train_dir, classes)
+    generated = [path for group in generated.values() for path in group]
+    settings = settings_of(args, "dataloader_num_workers", "support_dir", "train_dir") | {
+        "support_images": fingerprint(path for group in classes.values() for path in group),
+        "generated_images": fingerprint(generated),
+    }
     if check_settings(output_dir / "distill.json", settings):
         accelerator.print(f"{output_dir} is already there, with the same settings")
         return
 
     teacher = models.load_model(args.teacher, image_size=args.teacher_image_size)
-    size = max(models.input_size(teacher) + models.input_size(models.load_model(args.student, pretrained=False)))
-    supports, labels, classes, _ = load_folder(args.support_dir, size)
-    generated = torch.empty(0, 3, size, size)
-    if args.train_dir:
-        generated = load_folder(args.train_dir, size, classes)[0]
+    student = load_student(args, len(classes))
+    size = max(models.input_size(teacher) + models.input_size(student))
+    supports, labels, classes, paths = load_folder(args.support_dir, size, classes)
     device = accelerator.device
     teacher = models.PrototypeClassifier(teacher.to(device), supports.to(device), labels, args.teacher_scale)
-    student = load_student(args, len(classes), supports, labels)
+    if is_trained(args.student):
+        imprint(student, supports, labels, args.teacher_scale)
 
-    pools = [[TF.to_pil_image(image) for image in images] for images in (supports, generated)]
     views = Views(
-        *pools,
+        [open_image(path, size) for path in paths],
+        [open_image(path, size) for path in generated],
         args.support_ratio,
         augmentation(size, args),
         args.seed,
@@ -210,12 +221,14 @@ def parse_args():
     parser = argument_parser(__doc__, "outputs/demo/student")
     add = parser.add_argument
     add("--support_dir", default="outputs/demo/support", help="the real images: one folder per class")
-    add("--train_dir", help="generated images: one folder per class; default: train on the supports alone")
+    add("--train_dir", default="outputs/demo/generated", help="generated images: one folder per class")
+    add("--supports_only", action="store_true", help="train on the supports alone, without --train_dir")
     add("--teacher", default="assets/teacher", help="timm backbone: model folder, timm name or hf-hub:name")
     add("--teacher_scale", type=float, default=10.0, help="inverse softmax temperature of cosine similarities")
     add("--teacher_image_size", type=positive_int, help="the teacher's input side; default: its own")
     add("--student", default="assets/student", help="model folder to start from, or timm name for random weights")
-    add("--support_ratio", type=float, default=0.5, help="share of the views that show supports, with --train_dir")
+    add("--student_image_size", type=positive_int, help="the student's input side; default: its own")
+    add("--support_ratio", type=float, default=0.5, help="share of the views that show supports")
     add("--max_train_steps", type=positive_int, default=300, help="steps of optimisation")
     add("--train_batch_size", type=positive_int, default=50, help="views a step and process")
     add("--learning_rate", type=float, default=1e-3, help="AdamW's highest learning rate")

@@ -35,17 +35,22 @@ class Images(Dataset):
 
 
 def load_classifier(path, classes, args, device):
-    """A function from images [B, 3, H, W] in [0, 1] to logits, the class names of its outputs, and its input side."""
+    """What classifies images [B, 3, H, W] in [0, 1]: (function to logits, class names, input side, kind).
+
+    The kind is "head" where the model was trained on classes of the folder, else "prototypes".
+    """
     if path.endswith(".onnx"):
         if not Path(path).is_file():
             raise UserError(f"{path}: no such file.")
-        model = OnnxClassifier(path)
-        return model, model.classes, models.input_size(model)[0]
+        model = OnnxClassifier(path, device)
+        require(classes, model.classes, path, args.data_dir)
+        return model, model.classes, models.input_size(model)[0], "head"
     names = models.class_names(path)
-    if names and set(classes) <= set(names):
+    if names and set(classes) & set(names):
+        require(classes, names, path, args.data_dir)
         model = models.load_model(path).to(device)
         size = models.input_size(model)[0]
-        return lambda images: model(models.normalize(model, images)), names, size
+        return lambda images: model(models.normalize(model, images)), names, size, "head"
     if not args.support_dir:
         raise UserError(
             f"{path} does not know the classes of {args.data_dir}: give --support_dir, to classify by prototypes."
@@ -53,9 +58,13 @@ def load_classifier(path, classes, args, device):
     model = models.load_model(path, image_size=args.teacher_image_size).to(device)
     size = models.input_size(model)[0]
     supports, labels, names, _ = load_folder(args.support_dir, size)
+    require(classes, names, args.support_dir, args.data_dir)
+    return models.PrototypeClassifier(model, supports.to(device), labels), names, size, "prototypes"
+
+
+def require(classes, names, owner, data_dir):
     if not set(classes) <= set(names):
-        raise UserError(f"{args.support_dir} lacks classes of {args.data_dir}: {sorted(set(classes) - set(names))}.")
-    return models.PrototypeClassifier(model, supports.to(device), labels), names, size
+        raise UserError(f"{owner} lacks classes of {data_dir}: {sorted(set(classes) - set(names))}.")
 
 
 @torch.no_grad()
@@ -116,7 +125,10 @@ def write_report(path, results):
         )
 
     methods = results["methods"]
-    rows = [f"<tr><th>{escape(n)}<td>{with_interval(m)}<td class=plot>{bar(m)}" for n, m in methods.items()]
+    rows = [
+        f"<tr><th>{escape(n)}<td>{with_interval(m)}<td>{m['classifier']}<td class=plot>{bar(m)}"
+        for n, m in methods.items()
+    ]
     pairs = [
         f"<tr><th>{escape(p['a'])} − {escape(p['b'])}"
         f"<td>{percent(p['mean'])} [{percent(p['ci95'][0])}, {percent(p['ci95'][1])}]"
@@ -140,7 +152,8 @@ def write_report(path, results):
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }}
 div {{ overflow-x: auto }} table {{ border-collapse: collapse; width: 100%; margin: .5rem 0 1.5rem }}
 th, td {{ text-align: left; padding: .3rem .6rem; border-bottom: 1px solid #ddd; font-variant-numeric: tabular-nums }}
-th {{ font-weight: 600 }} .plot {{ width: 40% }} svg {{ width: 100%; height: 1.1rem; background: #f0f0f0 }}
+th {{ font-weight: 600 }} td {{ white-space: nowrap }}
+.plot {{ width: 40% }} svg {{ width: 100%; height: 1.1rem; background: #f0f0f0 }}
 .bar {{ fill: #7aa6d8 }} .whisker {{ fill: #12365c }}
 </style>
 <h1>Evaluation</h1>
@@ -173,8 +186,9 @@ def main(args):
     accelerator = start(args)
     methods = {}
     for name, path in specs.items():
-        classifier, names, size = load_classifier(path, classes, args, accelerator.device)
-        methods[name] = summarise(predict(classifier, paths, size, args, accelerator), labels, classes, names)
+        classifier, names, size, kind = load_classifier(path, classes, args, accelerator.device)
+        predictions = predict(classifier, paths, size, args, accelerator)
+        methods[name] = {"classifier": kind} | summarise(predictions, labels, classes, names)
         accelerator.log({f"accuracy/{name}": methods[name]["mean"]})
     pairs = [
         {"a": a, "b": b} | dict(zip(("mean", "ci95"), (d[0], d[1:])))
@@ -196,7 +210,7 @@ def main(args):
     accelerator.end_training()
     width = max(map(len, methods))
     for name, result in methods.items():
-        accelerator.print(f"{name:{width}}  {with_interval(result)} %")
+        accelerator.print(f"{name:{width}}  {with_interval(result)} %  by {result['classifier']}")
 
 
 def parse_args():

@@ -5,7 +5,6 @@ accelerate launch export.py --model outputs/demo/student --benchmark --teacher a
 
 import json
 import os
-import shutil
 import tempfile
 import time
 import warnings
@@ -163,11 +162,12 @@ def markdown_table(rows, machine):
     lines = [
         f"Latency on {machine}",
         "",
-        "| model | batch | median ms | p90 ms | p99 ms | images/s |",
-        "|---|---|---|---|---|---|",
+        "| model | device | batch | median ms | p90 ms | p99 ms | images/s |",
+        "|---|---|---|---|---|---|---|",
     ]
     columns = [
         ("{}", "model"),
+        ("{}", "device"),
         ("{}", "batch_size"),
         ("{:.3f}", "median_ms"),
         ("{:.3f}", "p90_ms"),
@@ -207,7 +207,7 @@ def main(args):
         convert_fp16(files["fp32"], files["fp16"])
     if "int8" in files:
         convert_int8(files["fp32"], files["int8"], inputs)
-    sessions = {precision: OnnxClassifier(path, torch.get_num_threads()) for precision, path in files.items()}
+    sessions = {precision: OnnxClassifier(path, accelerator.device) for precision, path in files.items()}
     fidelity = {}
     for precision, session in sessions.items():
         answers = torch.cat([torch.from_numpy(session.run(batch.numpy())) for batch in inputs.split(64)])
@@ -235,12 +235,14 @@ def main(args):
                 )
         callables |= {f"student onnx {precision}": session.run for precision, session in sessions.items()}
         results["latency"] = benchmark(callables, args.batch_size, shape)
+        for row in results["latency"]:  # ONNX Runtime may run elsewhere than PyTorch
+            onnx_row = "onnx" in row["model"]
+            row["device"] = sessions["fp32"].provider if onnx_row else accelerator.device.type
         table = markdown_table(results["latency"], machine)
         with whole_file(output_dir / "benchmark.md") as path:
             path.write_text(table)
         print(table)
     write_json(output_dir / "benchmark.json", results)
-    shutil.copy(Path(args.model) / "config.json", output_dir / "config.json")
     if "tensorrt" in args.runtime:
         source = files[args.precision[-1]]
         build_engine(source, output_dir / "student.engine", shape, max(args.batch_size), args.workspace_mib)

@@ -3,7 +3,7 @@
 A support image's inverted latent is blended with noise and denoised with the learned word and that image's own
 null-text embeddings: alpha 0 gives the image back, alpha 1 a free sample of the class.
 
-    accelerate launch tint_generate.py --inversion_dir outputs/demo/inversion --num_images_per_class 100 --alpha 0.5
+    accelerate launch tint_generate.py --inversion_dir outputs/demo/inversion --num_images_per_class 100
 """
 
 import json
@@ -19,6 +19,7 @@ from common.cli import (
     UserError,
     argument_parser,
     check_settings,
+    fingerprint,
     generator,
     positive_int,
     run,
@@ -119,11 +120,15 @@ def open_inversions(args):
     records = sorted(root.glob("*/inversion.json"))
     if not records:
         raise UserError(f"{root} holds no <class>/inversion.json: run tint_invert.py --output_dir {root} first.")
+    name = "null_text_plain" if args.method == "null_text" else "null_text"
     folders = {}
     for record in records:
-        facts = open_inversion(record, "null_text_plain" if args.method == "null_text" else "null_text")
+        facts = open_inversion(record, name)
         folders[facts["class"]] = facts
-    for facts in folders.values():
+    for record, facts in zip(records, folders.values()):
+        del facts["settings"]["support_images"]
+        files = [record.parent / "learned_embeds.safetensors", record.parent / f"{name}.safetensors"]
+        facts["fingerprint"] = fingerprint(files)
         if facts["settings"] != next(iter(folders.values()))["settings"]:
             raise UserError(f"The classes of {root} were inverted with different settings: invert them again alike.")
     return folders
@@ -139,9 +144,12 @@ def save_overview(rows, folders, args, columns=24):
         if all(path.is_file() for path in paths):
             grid.append([load_image(path, args.image_size) for path in paths])
     for alpha in dict.fromkeys(row.get("alpha") for row in rows):
-        shown = {n: [row for row in rows if row["label"] == n and row.get("alpha") == alpha] for n in names}
-        chosen = [row for n in names for row in shown[n][:per_class]]
-        grid.append([load_image(Path(args.output_dir) / row["file_name"]) for row in chosen])
+        line = []
+        for name in names:
+            shown = [row for row in rows if row["label"] == name and row.get("alpha") == alpha][:per_class]
+            line += [load_image(Path(args.output_dir) / row["file_name"]) for row in shown]
+            line += [torch.ones(3, args.image_size, args.image_size)] * (per_class - len(shown))
+        grid.append(line)
     save_grid(grid, Path(args.output_dir) / "grid.png")
 
 
@@ -158,7 +166,7 @@ def main(args):
     accelerator = start(args)
     output_dir = Path(args.output_dir)
     settings = settings_of(args, "num_images_per_class", "batch_size", "inversion_dir")
-    settings["inversion"] = inverted
+    settings["inversions"] = {name: facts["fingerprint"] for name, facts in folders.items()}
     if not check_settings(output_dir / "generation.json", settings) and accelerator.is_main_process:
         write_json(output_dir / "generation.json", {"settings": settings})
 
@@ -166,6 +174,9 @@ def main(args):
     pipe = diffusion.load_stable_diffusion(
         model, device, accelerator.mixed_precision, inverted["revision"], inverted["variant"]
     )
+    width = next(iter(folders.values()))["null_text"].get_slice("null_embeddings").get_shape()[-1]
+    if width != pipe.text_encoder.config.hidden_size:
+        raise UserError(f"{model} is another kind of model than the one that {args.inversion_dir} was inverted into.")
     schedule = diffusion.make_schedule(pipe.scheduler, inverted["num_inference_steps"])
     for name in folders:
         pipe.load_textual_inversion(str(Path(args.inversion_dir) / name / "learned_embeds.safetensors"))
@@ -174,14 +185,17 @@ def main(args):
         texts = [
             inverted["plain_prompt"]
             if args.method == "null_text"
-            else inverted["prompt"].format(facts["placeholder_token"])
+            else inverted["prompt"].replace("{}", facts["placeholder_token"])
             for facts in folders.values()
         ]
         prompt_embeds = dict(zip(folders, torch.cat([diffusion.encode_prompts(pipe, [t]) for t in texts]).cpu()))
 
     rows = plan_images(folders, {name: facts["images"] for name, facts in folders.items()}, args)
-    todo = [row for row in rows if not (output_dir / row["file_name"]).is_file()]
-    mine = todo[accelerator.process_index :: accelerator.num_processes]
+    others = {str(p.relative_to(output_dir)) for p in output_dir.glob("*/*.png")} - {row["file_name"] for row in rows}
+    if others:
+        raise UserError(f"{output_dir} holds images that this run does not make, as {min(others)}: remove them.")
+    mine = rows[accelerator.process_index :: accelerator.num_processes]
+    mine = [row for row in mine if not (output_dir / row["file_name"]).is_file()]
     with tqdm(total=len(mine), desc="generating", unit="image", disable=not accelerator.is_local_main_process) as bar:
         for i in range(0, len(mine), args.batch_size):
             batch = mine[i : i + args.batch_size]
@@ -191,13 +205,13 @@ def main(args):
             for row, image in zip(batch, images.cpu()):
                 save_image(image, output_dir / row["file_name"])
             bar.update(len(batch))
-    accelerator.wait_for_everyone()
+    new = accelerator.gather(torch.tensor([len(mine)], device=device)).sum().item()
     if accelerator.is_main_process:
         with whole_file(output_dir / "metadata.jsonl") as path:
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         save_overview(rows, folders, args)
+    accelerator.print(f"{len(rows)} images in {output_dir}, of which {new} new; see {output_dir / 'grid.png'}")
     accelerator.end_training()
-    accelerator.print(f"{len(rows)} images in {output_dir}, of which {len(todo)} new; see {output_dir / 'grid.png'}")
 
 
 def parse_args():
@@ -206,7 +220,13 @@ def parse_args():
     add("--inversion_dir", default="outputs/demo/inversion", help="what tint_invert.py wrote")
     add("--pretrained_model_name_or_path", help="the Stable Diffusion model; default: the one inverted with")
     add("--num_images_per_class", type=positive_int, default=100, help="images to make of each class")
-    add("--alpha", type=float, nargs="+", default=[0.5], help="blending factors, taken in turn: 0 copies, 1 is free")
+    add(
+        "--alpha",
+        type=float,
+        nargs="+",
+        default=[0.3, 0.5, 0.7],
+        help="blending factors, taken in turn: 0 copies, 1 is free",
+    )
     add(
         "--method",
         choices=["tint", "textual_inversion", "null_text"],

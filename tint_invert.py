@@ -7,6 +7,7 @@ word, gives the image back. Together they are TINT (Landolsi and Kahl, 2406.0314
     accelerate launch tint_invert.py --support_dir outputs/demo/support --output_dir outputs/demo/inversion
 """
 
+import unicodedata
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,7 +22,9 @@ from common.cli import (
     UserError,
     argument_parser,
     check_settings,
+    fingerprint,
     generator,
+    natural_int,
     parse_with_model_defaults,
     positive_int,
     run,
@@ -30,9 +33,9 @@ from common.cli import (
     whole_file,
     write_json,
 )
-from common.images import list_images, load_image, save_grid
+from common.images import list_images, load_image, open_image, save_grid
 
-HOW = ("support_dir", "class_batch_size", "null_text_batch_size", "gradient_checkpointing")  # they change no result
+HOW = ("support_dir", "class_batch_size", "null_text_batch_size", "gradient_checkpointing")  # not what is computed
 
 
 @contextmanager
@@ -76,6 +79,12 @@ def diffusion_loss(pipe, z0, timesteps, noise, prompt_embeds):
     return F.mse_loss(prediction, target, reduction="none").mean((1, 2, 3))
 
 
+def gradient(loss, variable):
+    """d loss / d variable. The scaling keeps small float16 gradients on the way through the network from vanishing."""
+    scale = 1024.0
+    return torch.autograd.grad(scale * loss, variable)[0] / scale
+
+
 def textual_inversion(pipe, names, words, latents, first_id, vectors, args, accelerator):
     """Learns the vectors of several classes' new words, one minimisation per class, side by side in one batch:
 
@@ -93,7 +102,6 @@ def textual_inversion(pipe, names, words, latents, first_id, vectors, args, acce
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
     )
-    scaler = torch.amp.GradScaler(device.type, enabled=accelerator.mixed_precision == "fp16")
     random = [generator(args.seed, name, "textual_inversion") for name in names]
 
     def losses(draws, templates):
@@ -101,7 +109,7 @@ def textual_inversion(pipe, names, words, latents, first_id, vectors, args, acce
         z0 = torch.cat([latents[c][indices.to(device)] for c, (indices, _, _) in enumerate(draws)])
         timesteps, noise = (torch.cat([draw[i] for draw in draws]).to(device) for i in (1, 2))
         with new_words(pipe.text_encoder, first_id, vectors.flatten(0, 1)):
-            prompts = [template.format(word) for template, word in zip(templates, words)]
+            prompts = [template.replace("{}", word) for template, word in zip(templates, words)]
             prompt_embeds = diffusion.encode_prompts(pipe, prompts)
         prompt_embeds = prompt_embeds.repeat_interleave(len(z0) // len(names), 0)
         return diffusion_loss(pipe, z0, timesteps, noise, prompt_embeds).view(len(names), -1).mean(1)
@@ -127,7 +135,7 @@ def textual_inversion(pipe, names, words, latents, first_id, vectors, args, acce
                 )
             curve.append((step, loss.tolist()))
             progress.set_postfix(loss=f"{loss.mean().item():.4f}")
-            accelerator.log({"textual_inversion/validation_loss": loss.mean().item()}, step)
+            accelerator.log({f"textual_inversion_loss/{n}": x for n, x in zip(names, loss.tolist())}, step)
         if step == args.max_train_steps:
             break
         draws = [
@@ -138,11 +146,9 @@ def textual_inversion(pipe, names, words, latents, first_id, vectors, args, acce
             args.prompt_templates[torch.randint(len(args.prompt_templates), (), generator=rng)] for rng in random
         ]
         # The classes' losses share no parameter, so the sum trains each as if it were alone.
-        scaler.scale(losses(draws, templates).sum()).backward()
-        scaler.step(optimizer)
-        scaler.update()
+        vectors.grad = gradient(losses(draws, templates).sum(), vectors)
+        optimizer.step()
         lr_scheduler.step()
-        optimizer.zero_grad()
     return vectors.detach(), curve
 
 
@@ -160,7 +166,7 @@ def ddim_inversion(unet, schedule, z0, prompt_embeds):
     return torch.stack(trajectory)
 
 
-def null_text_inversion(unet, schedule, trajectory, prompt_embeds, null_embeds, args, scaler, progress):
+def null_text_inversion(unet, schedule, trajectory, prompt_embeds, null_embeds, args, progress):
     """Finds the unconditional embeddings with which guided denoising follows `trajectory` (2211.09794, equation 3):
 
         null_t = argmin_null || z*_(t-1) - ddim_step(zbar_t, eps_u(null) + w (eps_c - eps_u(null))) ||^2
@@ -184,14 +190,14 @@ def null_text_inversion(unet, schedule, trajectory, prompt_embeds, null_embeds, 
             eps = diffusion.guide(eps_uncond, eps_cond[active], args.guidance_scale)
             reached = diffusion.ddim_step(z[active], eps, schedule.abar[i], schedule.abar[i + 1])
             loss = ((reached - trajectory[i + 1, active]) ** 2).mean((1, 2, 3))
+            if not loss.isfinite().all():
+                raise UserError("null-text inversion came to NaN: use --mixed_precision bf16 or no.")
             far = loss.detach() >= args.null_text_tolerance
             if not far.any():
                 break
-            scaler.scale(loss[far].sum()).backward()
+            null_embeds.grad = gradient(loss[far].sum(), null_embeds)
             before = null_embeds.detach().clone()
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
+            optimizer.step()
             active = active[far]
             done = torch.ones(len(z), dtype=torch.bool, device=z.device).index_fill(0, active, False)
             null_embeds.data[done] = before[done]  # Adam's momentum would move them on
@@ -213,7 +219,6 @@ def invert_images(images_per_class, latents, texts, pipe, schedule, args, accele
         per class z_T [S_c, C, h, w], null-text embeddings [S_c, T, L, D], and the z_0 that guided denoising reaches
         from there with the empty prompt ("ddim") and with the null-text.
     """
-    scaler = torch.amp.GradScaler(accelerator.device.type, enabled=accelerator.mixed_precision == "fp16")
     counts = torch.tensor(images_per_class)
     with torch.no_grad():
         empty = diffusion.encode_prompts(pipe, [""])
@@ -226,7 +231,7 @@ def invert_images(images_per_class, latents, texts, pipe, schedule, args, accele
             trajectory = ddim_inversion(pipe.unet, schedule, z0, c)
             null = empty.expand(len(z0), -1, -1)
             ddim = diffusion.denoise(pipe.unet, schedule, trajectory[0], c, null[:, None], args.guidance_scale)
-            null, reached = null_text_inversion(pipe.unet, schedule, trajectory, c, null, args, scaler, progress)
+            null, reached = null_text_inversion(pipe.unet, schedule, trajectory, c, null, args, progress)
             batches.append((trajectory[0], null, ddim, reached))
     return zip(*(torch.cat(parts).split(images_per_class) for parts in zip(*batches)))
 
@@ -238,13 +243,21 @@ def add_new_words(pipe, names, args):
         the words, the id of the first new token, start vectors [num_classes, num_vectors, D], initialiser words
     """
     starts, initializers = zip(*(initial_vector(pipe, name, args) for name in names))
-    words = [f"<{name}>" for name in names]
+    words = [placeholder_token(name) for name in names]
     tokens = [word if k == 0 else f"{word}_{k}" for word in words for k in range(args.num_vectors)]
     first_id = len(pipe.tokenizer)
     if pipe.tokenizer.add_tokens(tokens) != len(tokens):
         raise UserError(f"The tokenizer already knows some of {', '.join(tokens)}: rename those class folders.")
+    expected = list(range(first_id, first_id + len(tokens)))
+    if [i for t in tokens for i in pipe.tokenizer(t, add_special_tokens=False).input_ids] != expected:
+        raise UserError(f"The tokenizer does not keep {', '.join(words)} apart: rename those class folders.")
     pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer), mean_resizing=False)
     return words, first_id, torch.stack(starts)[:, None].repeat(1, args.num_vectors, 1), initializers
+
+
+def placeholder_token(name):
+    """The new word of a class. Lower case and without spaces, since CLIP's tokenizer knows no other."""
+    return "<" + "-".join(unicodedata.normalize("NFC", name).lower().split()) + ">"
 
 
 def psnr(images, references):
@@ -263,7 +276,7 @@ def invert_classes(names, paths, pipe, schedule, args, accelerator):
     vectors, curve = textual_inversion(pipe, names, words, latents, first_id, vectors, args, accelerator)
     pipe.text_encoder.get_input_embeddings().weight.data[first_id:] = vectors.flatten(0, 1)
 
-    texts = [args.prompt.format(word) for word in words]
+    texts = [args.prompt.replace("{}", word) for word in words]
     inverted = list(invert_images(counts, latents, texts, pipe, schedule, args, accelerator))
     plain = [None] * len(names)
     if args.plain_prompt is not None:
@@ -283,13 +296,13 @@ def invert_classes(names, paths, pipe, schedule, args, accelerator):
         }
         save_grid([images[c], *decoded.values()], folder / "reconstruction.png")
         facts = {
-            "settings": settings_of(args, *HOW),
+            "settings": settings_of(args, *HOW) | {"support_images": fingerprint(paths[name])},
             "class": name,
-            "support_dir": str(args.support_dir),
+            "support_dir": str(Path(args.support_dir).resolve()),
             "placeholder_token": words[c],
             "initializer_token": initializers[c],
             "images": [path.name for path in paths[name]],
-            "image_size": min(load_image(path).shape[-1] for path in paths[name]),
+            "image_size": min([args.resolution, *(open_image(path).width for path in paths[name])]),
             "textual_inversion_loss": [[step, loss[c]] for step, loss in curve],
             "reconstruction_psnr_db": {kind: psnr(x, images[c]).tolist() for kind, x in decoded.items()},
         }
@@ -319,6 +332,12 @@ def main(args):
     classes = list_images(args.support_dir)
     if args.prompt.count("{}") != 1:
         raise UserError(f"--prompt {args.prompt!r} must hold {{}} once, where the learned word goes.")
+    by_word = {}
+    for name in classes:
+        by_word.setdefault(placeholder_token(name), []).append(name)
+    for word, names in by_word.items():
+        if len(names) > 1:
+            raise UserError(f"The classes {' and '.join(names)} of {args.support_dir} would share the word {word}.")
     args.prompt_templates = read_templates(args)
     accelerator = start(args)
     pipe = diffusion.load_stable_diffusion(
@@ -333,15 +352,24 @@ def main(args):
     if args.resolution is None:
         args.resolution = pipe.unet.config.sample_size * pipe.vae_scale_factor
     schedule = diffusion.make_schedule(pipe.scheduler, args.num_inference_steps)
+    if args.min_timestep >= pipe.scheduler.config.num_train_timesteps:
+        raise UserError(f"--min_timestep {args.min_timestep}: the model's timesteps end before.")
 
     settings = settings_of(args, *HOW)
-    todo = [n for n in classes if not check_settings(Path(args.output_dir) / n / "inversion.json", settings)]
-    mine = todo[accelerator.process_index :: accelerator.num_processes]
+    mine = list(classes)[accelerator.process_index :: accelerator.num_processes]
+    mine = [
+        name
+        for name in mine
+        if not check_settings(
+            Path(args.output_dir) / name / "inversion.json",
+            settings | {"support_images": fingerprint(classes[name])},
+        )
+    ]
     for i in range(0, len(mine), args.class_batch_size):
         invert_classes(mine[i : i + args.class_batch_size], classes, pipe, schedule, args, accelerator)
-    accelerator.wait_for_everyone()
+    new = accelerator.gather(torch.tensor([len(mine)], device=accelerator.device)).sum().item()
+    accelerator.print(f"{len(classes)} classes in {args.output_dir}, of which {new} new")
     accelerator.end_training()
-    accelerator.print(f"{len(classes)} classes in {args.output_dir}, of which {len(todo)} new")
 
 
 def read_templates(args):
@@ -366,7 +394,7 @@ def parse_args():
     add("--revision", help="the hub model's revision")
     add("--variant", help="the weight files' variant, e.g. fp16")
     add("--support_dir", default="outputs/demo/support", help="images to invert: one folder per class")
-    add("--resolution", type=positive_int, help="side that images are resized to; default: the model's")
+    add("--resolution", type=positive_int, help="side that images, cut square, are resized to; default: the model's")
     add("--prompt", default="a photo of a {}", help="prompt of inversion and generation; {} is the learned word")
     add("--prompt_templates", help="file with a prompt a line for textual inversion; default: --prompt alone")
     add("--plain_prompt", help="also invert with this prompt, without the learned word (generation's null_text method)")
@@ -374,13 +402,15 @@ def parse_args():
     group("--num_vectors", type=positive_int, default=1, help="vectors of a learned word")
     group("--initializer_token", help="word to start from; default: the class name where it is one token")
     group("--fallback_token", default="object", help="word to start from where the class name is not one token")
-    group("--max_train_steps", type=int, default=5000, help="steps of optimisation")
+    group("--max_train_steps", type=natural_int, default=5000, help="steps of optimisation")
     group("--train_batch_size", type=positive_int, default=1, help="noisy latents a class and step")
     group("--learning_rate", type=float, default=1e-3, help="AdamW's learning rate")
     group("--adam_weight_decay", type=float, default=1e-2, help="AdamW's weight decay")
     group("--lr_scheduler", default="constant", choices=[s.value for s in SchedulerType][:6], help="its course")
-    group("--lr_warmup_steps", type=int, default=0, help="steps of its warm-up")
-    group("--min_timestep", type=int, default=250, help="smallest t trained at: finer detail is not the class's")
+    group("--lr_warmup_steps", type=natural_int, default=0, help="steps of its warm-up")
+    group(
+        "--min_timestep", type=natural_int, default=250, help="smallest t trained at: finer detail is not the class's"
+    )
     group("--validation_steps", type=positive_int, default=100, help="steps between losses on fixed noise")
     group("--validation_samples", type=positive_int, default=16, help="fixed noisy latents a class")
     group("--class_batch_size", type=positive_int, default=1, help="classes that are inverted together")
@@ -389,7 +419,7 @@ def parse_args():
     group("--num_inference_steps", type=positive_int, default=25, help="DDIM steps")
     group("--guidance_scale", type=float, default=7.5, help="guidance scale w")
     group("--null_text_learning_rate", type=float, default=1e-2, help="Adam's learning rate")
-    group("--null_text_steps", type=int, default=10, help="at most so many Adam steps a DDIM step")
+    group("--null_text_steps", type=natural_int, default=10, help="at most so many Adam steps a DDIM step")
     group("--null_text_tolerance", type=float, default=1e-5, help="mean squared error that is close enough")
     group("--null_text_batch_size", type=positive_int, default=5, help="images that are inverted together")
     return parse_with_model_defaults(parser, "tint_invert")

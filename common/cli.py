@@ -18,11 +18,14 @@ class UserError(Exception):
 
 
 def run(main, parse_args):
-    """Calls `main(parse_args())`. Exit code 2 and one message for a `UserError`, 1 and one for a full disk."""
+    """Calls `main(parse_args())`. One message instead of a traceback, and exit code 2, for a `UserError` and for a
+    path that cannot be written to; exit code 1 for a full disk."""
     try:
         main(parse_args())
     except UserError as error:
         sys.exit(fail(str(error), 2))
+    except (PermissionError, NotADirectoryError, FileExistsError, IsADirectoryError) as error:
+        sys.exit(fail(f"{error.filename}: {error.strerror}. Give another folder, or make it one.", 2))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -49,7 +52,7 @@ def argument_parser(description, output_dir):
     parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--output_dir", default=output_dir, help="folder to write to")
-    add("--seed", type=int, default=0, help="seed of everything random")
+    add("--seed", type=natural_int, default=0, help="seed of everything random")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="overrides what accelerate was launched with")
     add("--report_to", help="tracker for settings and curves: tensorboard, wandb, trackio, ... (must be installed)")
     return parser
@@ -64,8 +67,15 @@ def parse_with_model_defaults(parser, script, argv=None):
     model = parser.parse_known_args([a for a in argv or sys.argv[1:] if a not in ("-h", "--help")])[0]
     defaults = Path(model.pretrained_model_name_or_path) / "tint.json"
     if defaults.is_file():
-        parser.set_defaults(**json.loads(defaults.read_text()).get(script, {}))
+        parser.set_defaults(**read_json(defaults).get(script, {}))
     return parser.parse_args(argv)
+
+
+def natural_int(text):
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is negative")
+    return value
 
 
 def positive_int(text):
@@ -96,7 +106,8 @@ def start(args):
     launched_with_default = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
     if accelerator.device.type == "cpu" and launched_with_default:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(max(1, os.cpu_count() // processes))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, cores // processes))
     torch.manual_seed(args.seed)
     if args.report_to:
         plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in vars(args).items()}
@@ -131,6 +142,22 @@ def write_json(path, value):
         temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): delete it, or {Path(path).parent}, to make it anew.") from error
+
+
+def fingerprint(paths):
+    """What stands for the contents of files in a record: a hash of their names and bytes, in order."""
+    digest = hashlib.sha256()
+    for path in map(Path, paths):
+        digest.update(f"{path.name}/{path.stat().st_size}/".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def settings_of(args, *leave_out):
     """The options that decide a result, for its record: those of where and how it is computed are left out."""
     outside = {"output_dir", "mixed_precision", "report_to", *leave_out}
@@ -146,12 +173,12 @@ def check_settings(path, settings):
     path = Path(path)
     if not path.is_file():
         return False
-    before = json.loads(path.read_text())["settings"]
+    before = read_json(path).get("settings", {})
     now = json.loads(json.dumps(settings))
-    changed = [f"--{k} {before.get(k)} then, {now.get(k)} now" for k in now | before if before.get(k) != now.get(k)]
+    changed = [f"{k}: {before.get(k)} then, {now.get(k)} now" for k in now | before if before.get(k) != now.get(k)]
     if changed:
         raise UserError(
-            f"{path} was made with other settings ({'; '.join(changed)}). Give another --output_dir, or delete "
-            f"{path.parent} to make it anew."
+            f"{path} was made with other settings or images ({'; '.join(changed)}). Give another --output_dir, or "
+            f"delete {path.parent} to make it anew."
         )
     return True

@@ -78,6 +78,8 @@ def make_schedule(scheduler, num_inference_steps):
         raise UserError(f"--num_inference_steps {num_inference_steps}: {error}") from error
     timesteps = tuple(scheduler.timesteps.tolist())
     abar = [scheduler.alphas_cumprod[t].item() for t in timesteps] + [float(scheduler.final_alpha_cumprod)]
+    if min(abar) < 1e-6:
+        raise UserError("This model's schedule ends in pure noise (zero terminal SNR), from which nothing inverts.")
     return Schedule(timesteps, tuple(abar), scheduler.config.prediction_type)
 
 

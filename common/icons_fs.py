@@ -8,6 +8,7 @@ the order of `drawings.json`.
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -65,15 +66,20 @@ def parse_args():
 
 
 def main(args):
-    output_dir = Path(args.output_dir)
-    if any((output_dir / part).exists() for part in ("support", "query")):
+    output_dir, temporary = Path(args.output_dir), Path(args.output_dir) / ".episode.tmp"
+    if (output_dir / "support").exists():
         raise UserError(f"{output_dir} already holds an episode: give another --output_dir, or delete it.")
+    for leftover in (temporary, output_dir / "query"):  # of an interrupted run
+        shutil.rmtree(leftover, ignore_errors=True)
     episode = draw_episode(args.split, args.num_ways, args.num_shots, args.seed, args.episode)
     for name, order in episode.items():
         drawings = load_class(name, len(order))
         for place, drawing in enumerate(order):
             part = "support" if place < args.num_shots else "query"
-            save_image(drawings[drawing], output_dir / part / name / f"{drawing:03d}.png")
+            save_image(drawings[drawing], temporary / part / name / f"{drawing:03d}.png")
+    for part in ("query", "support"):
+        (temporary / part).replace(output_dir / part)
+    temporary.rmdir()
     queries = sum(map(len, episode.values())) - args.num_ways * args.num_shots
     print(f"{output_dir}: {', '.join(episode)}; {args.num_shots} supports each, {queries} queries in all")
 

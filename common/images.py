@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.transforms.v2 import functional as TF
@@ -12,21 +13,30 @@ from common.cli import UserError, whole_file
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp"}
 
 
-def list_images(folder):
-    """{class name: [paths of its images]} of a folder of class folders, both sorted by name.
+def list_images(folder, classes=None):
+    """{class name: [paths of its images]} of a folder of class folders, sorted by name.
 
+    Args:
+        classes: the classes that the folder must have, and their order; default all that it has.
     Raises:
-        UserError: no such folder, no class folders, or a class folder without an image.
+        UserError: no such folder, no class folders, other classes, or a class folder without an image.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder. It should hold one folder of images per class.")
-    classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if not classes:
+    found = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not found:
         raise UserError(f"{folder} holds no class folders. It should hold one folder of images per class.")
+    if classes is not None and set(found) != set(classes):
+        raise UserError(
+            f"The class folders of {folder} are not the wanted classes: "
+            f"missing {sorted(set(classes) - set(found))}, unknown {sorted(set(found) - set(classes))}."
+        )
     images = {
-        c.name: sorted(p for p in c.iterdir() if p.suffix.lower() in EXTENSIONS and not p.name.startswith("."))
-        for c in classes
+        name: sorted(
+            p for p in (folder / name).iterdir() if p.suffix.lower() in EXTENSIONS and not p.name.startswith(".")
+        )
+        for name in classes or found
     }
     for name, paths in images.items():
         if not paths:
@@ -34,9 +44,9 @@ def list_images(folder):
     return images
 
 
-def load_image(path, size=None):
-    """The image as a float tensor [3, H, W] in [0, 1]: the central square, upright as its EXIF data say, transparent
-    parts white; resized with antialiasing to `size` x `size` if given.
+def open_image(path, size=None):
+    """The image as an RGB PIL image: the central square, upright as its EXIF data say, transparent parts white, 16-bit
+    grey scaled to 8; resized with antialiasing to `size` x `size` if given.
 
     Raises:
         UserError: the file cannot be read as an image.
@@ -44,14 +54,20 @@ def load_image(path, size=None):
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # Pillow's own conversion would clip at 255
+                image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image.convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read as an image ({error}): replace or remove it.") from error
-    image = ImageOps.fit(image, [size or min(image.size)] * 2, Image.Resampling.BICUBIC)
-    return TF.to_dtype(TF.to_image(image), torch.float32, scale=True)
+    return ImageOps.fit(image, [size or min(image.size)] * 2, Image.Resampling.BICUBIC)
+
+
+def load_image(path, size=None):
+    """`open_image` as a float tensor [3, size, size] in [0, 1]."""
+    return TF.to_dtype(TF.to_image(open_image(path, size)), torch.float32, scale=True)
 
 
 def load_folder(folder, size=None, classes=None):
@@ -59,26 +75,16 @@ def load_folder(folder, size=None, classes=None):
 
     Args:
         size: side of the square that all are resized to; None keeps sizes, which must then be equal.
-        classes: the order of classes; default sorted by name. Each must be in the folder.
+        classes: the classes that the folder must have, and their order; default sorted by name.
     Returns:
         images [N, 3, size, size] in [0, 1], labels [N] (indices into classes), classes, paths [N]
     Raises:
-        UserError: as `list_images` and `load_image`; a class not in `classes`, or one that has no folder.
+        UserError: as `list_images` and `open_image`.
     """
-    by_class = list_images(folder)
-    classes = list(by_class) if classes is None else list(classes)
-    if set(by_class) != set(classes):
-        raise UserError(
-            f"The class folders of {folder} are not the wanted classes: "
-            f"missing {sorted(set(classes) - set(by_class))}, unknown {sorted(set(by_class) - set(classes))}."
-        )
-    paths = [path for name in classes for path in by_class[name]]
-    labels = torch.tensor([label for label, name in enumerate(classes) for _ in by_class[name]])
-    images = [load_image(path, size) for path in paths]
-    sides = {image.shape[-1] for image in images}
-    if len(sides) > 1:
-        raise UserError(f"The images of {folder} differ in size ({min(sides)} to {max(sides)}): give --image_size.")
-    return torch.stack(images), labels, classes, paths
+    by_class = list_images(folder, classes)
+    paths = [path for group in by_class.values() for path in group]
+    labels = torch.tensor([label for label, group in enumerate(by_class.values()) for _ in group])
+    return torch.stack([load_image(path, size) for path in paths]), labels, list(by_class), paths
 
 
 def save_image(image, path):

@@ -8,12 +8,13 @@ wants.
 
 import itertools
 import json
-import tempfile
+import shutil
 from pathlib import Path
 
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, save_for_hf
 from torch import nn
 
@@ -50,6 +51,12 @@ class FlatHead(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
+def pooled_area(img_size):
+    """Positions of the feature map that four 2x2 poolings leave of an input with this side (or height and width)."""
+    height, width = to_2tuple(img_size)
+    return (height // 16) * (width // 16)
+
+
 class Conv4(FlatHead):
     """The four-block convolutional network of the few-shot literature (Vinyals et al., 1606.04080, section 4.1).
 
@@ -64,7 +71,7 @@ class Conv4(FlatHead):
             nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU(), nn.MaxPool2d(2))
             for i, o in itertools.pairwise(channels)
         ]
-        super().__init__(nn.Sequential(*blocks), width * (img_size // 16) ** 2, num_classes)
+        super().__init__(nn.Sequential(*blocks), width * pooled_area(img_size), num_classes)
 
 
 class InkMap(nn.Module):
@@ -99,7 +106,7 @@ class InkResNet(FlatHead):
     def __init__(self, num_classes=1000, in_chans=3, img_size=32):
         stem = [InkMap(), nn.Conv2d(1, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)]
         blocks = [ResidualBlock(32, 64), ResidualBlock(64, 128), ResidualBlock(128, 256)]
-        super().__init__(nn.Sequential(*stem, *blocks), 256 * (img_size // 16) ** 2, num_classes)
+        super().__init__(nn.Sequential(*stem, *blocks), 256 * pooled_area(img_size), num_classes)
 
 
 CONFIG = {
@@ -129,7 +136,7 @@ def load_model(name_or_path, pretrained=True, image_size=None, **kwargs):
     """A timm model in eval mode from a model folder, a timm name, or a hub name (`hf-hub:...`).
 
     Args:
-        image_size: input side, default the one that the model was trained at.
+        image_size: input side, default the model's own.
     Raises:
         UserError: no such folder or model, or a folder without a loadable model.
     """
@@ -142,6 +149,8 @@ def load_model(name_or_path, pretrained=True, image_size=None, **kwargs):
         raise UserError(f"{folder}: no such folder.")
     else:
         source = name_or_path
+    if image_size and source in ("conv4_64", "ink_resnet"):  # the size of their heads depends on it
+        kwargs["img_size"] = image_size
     try:
         model = timm.create_model(source, pretrained=pretrained, **kwargs).eval()
         if image_size:
@@ -163,12 +172,11 @@ def save_model(model, folder, classes):
         classes: the class names in the order of the model's outputs.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    # timm writes into a folder; both files then appear whole, the one that marks a complete model last.
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        save_for_hf(model, temporary, model_config={"label_names": list(classes)}, safe_serialization=True)
-        for name in ("model.safetensors", "config.json"):
-            (Path(temporary) / name).replace(folder / name)
+    temporary = folder / ".model.tmp"  # timm writes into a folder; from here both files appear whole
+    save_for_hf(model, temporary, model_config={"label_names": list(classes)}, safe_serialization=True)
+    for name in ("model.safetensors", "config.json"):
+        (temporary / name).replace(folder / name)
+    shutil.rmtree(temporary)
 
 
 def class_names(name_or_path):
@@ -218,6 +226,7 @@ class PrototypeClassifier(nn.Module):
         with torch.no_grad():
             f = torch.cat([features(model, batch) for batch in images.split(64)])
             self.register_buffer("center", f.mean(0))
+            self.spread = (f - self.center).norm(dim=-1).mean().item()
             unit = F.normalize(f - self.center, dim=-1)
             prototypes = torch.stack([unit[labels == c].mean(0) for c in range(int(labels.max()) + 1)])
             self.register_buffer("prototypes", F.normalize(prototypes, dim=-1))

@@ -16,7 +16,7 @@ ACCELERATE = [
     "--mixed_precision", "no", "--dynamo_backend", "no",
 ]  # fmt: skip
 PYTHON = [sys.executable]
-TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29531"]
+TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
 
 
 def launch(*command, code=0, by=PYTHON, cwd=ROOT, timeout=600):

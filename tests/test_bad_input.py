@@ -49,7 +49,7 @@ def test_corrupt_image(folder):
 def test_truncated_image(folder):
     path = folder / "support" / "dog" / "1.png"
     path.write_bytes(path.read_bytes()[:-40])
-    err = rejected("distill.py", "--support_dir", folder / "support", "--output_dir", folder / "out")
+    err = rejected("distill.py", "--support_dir", folder / "support", "--supports_only", "--output_dir", folder / "out")
     assert "1.png cannot be read as an image" in err
 
 
@@ -59,7 +59,16 @@ def test_prompt_without_a_place_for_the_word(folder):
 
 def test_folder_that_is_no_model(folder):
     assert "as a Stable Diffusion model" in invert(folder, "--pretrained_model_name_or_path", folder / "support")
-    err = rejected("distill.py", "--support_dir", folder / "support", "--teacher", folder / "support")
+    err = rejected(
+        "distill.py",
+        "--support_dir",
+        folder / "support",
+        "--supports_only",
+        "--output_dir",
+        folder / "out",
+        "--teacher",
+        folder / "support",
+    )
     assert "is no model folder" in err
 
 
@@ -103,7 +112,7 @@ def test_generated_classes_that_are_not_the_supports(folder):
 
 
 def test_diverging_distillation_stops(folder):
-    err = rejected("distill.py", "--support_dir", folder / "support", "--output_dir", folder / "out",
+    err = rejected("distill.py", "--support_dir", folder / "support", "--supports_only", "--output_dir", folder / "out",
                    "--learning_rate", 1e30, "--max_train_steps", 40, "--train_batch_size", 4)  # fmt: skip
     assert "use a smaller --learning_rate" in err
     assert not (folder / "out" / "model.safetensors").exists()
@@ -115,6 +124,38 @@ def test_model_that_does_not_know_the_classes(folder):
     (folder / "wrong.onnx").write_bytes(b"no model")
     assert "is no ONNX file of export.py" in rejected("evaluate.py", "--model", folder / "wrong.onnx", *options)
     assert "nowhere.onnx: no such file" in rejected("evaluate.py", "--model", folder / "nowhere.onnx", *options)
+
+
+def test_onnx_file_that_lacks_a_class(run_dir, folder):
+    err = rejected("evaluate.py", "--model", run_dir / "export" / "student_fp32.onnx", "--data_dir", folder / "support",
+                   "--output_dir", folder / "out")  # fmt: skip
+    assert "lacks classes" in err and "['cat', 'dog']" in err
+
+
+def test_classes_that_the_tokenizer_cannot_tell_apart(folder):
+    (folder / "support" / "dog").rename(folder / "support" / "Cat")
+    assert "would share the word <cat>" in invert(folder)
+
+
+def test_one_class_only(folder):
+    shutil.rmtree(folder / "support" / "dog")
+    err = rejected("distill.py", "--support_dir", folder / "support", "--supports_only", "--output_dir", folder / "out")
+    assert "one class only" in err
+
+
+def test_output_folder_that_is_a_file(folder):
+    (folder / "out").write_text("a file")
+    err = rejected("evaluate.py", "--model", "assets/student", "--data_dir", folder / "support",
+                   "--support_dir", folder / "support", "--output_dir", folder / "out")  # fmt: skip
+    assert "out: " in err
+
+
+def test_damaged_record(run_dir, tmp_path):
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "distill.json").write_text("{")
+    err = rejected("distill.py", "--support_dir", run_dir / "support", "--supports_only",
+                   "--output_dir", tmp_path / "student")  # fmt: skip
+    assert "distill.json is damaged" in err
 
 
 def test_export_of_something_else(folder):

@@ -1,16 +1,21 @@
 """Each formula against an independent computation: float64 by hand, diffusers' schedulers, SciPy, or Monte Carlo."""
 
+import argparse
+
 import numpy as np
 import pytest
 import scipy.stats
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMInverseScheduler, DDIMScheduler
+from PIL import Image
 
 import distill
 import tint_generate
 import tint_invert
 from common import diffusion, models, statistics
+from common.cli import UserError
+from common.images import load_image
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 
@@ -53,6 +58,75 @@ def test_ddim_step_backward_undoes_forward_and_equals_the_inverse_scheduler():
     abar_from, abar_to = inverse.alphas_cumprod[t - 100].item(), inverse.alphas_cumprod[t].item()
     expected = inverse.step(eps, t, z).prev_sample
     torch.testing.assert_close(diffusion.ddim_step(z, eps, abar_from, abar_to), expected, rtol=1e-5, atol=1e-5)
+
+
+class Network:
+    """In place of a UNet: `function(z, t, prompt_embeds)` is its prediction."""
+
+    dtype = torch.float64
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, z, t, prompt_embeds):
+        return type("Output", (), {"sample": self.function(z, t, prompt_embeds)})
+
+
+def make_schedule(steps):
+    return diffusion.make_schedule(DDIMScheduler(**BETAS, timestep_spacing="trailing"), steps)
+
+
+def test_ddim_inversion_follows_the_exact_solution_for_gaussian_data():
+    """For data ~ N(0, s^2) the ideal noise prediction is known, and so is the flow from image to noise: each latent is
+    multiplied by the ratio of the marginal standard deviations sqrt(abar s^2 + 1 - abar)."""
+    s, schedule = 0.6, make_schedule(500)
+    abar = dict(zip(schedule.timesteps, schedule.abar))
+
+    def ideal(z, t, _):
+        return (1 - abar[t]) ** 0.5 * z / (abar[t] * s**2 + 1 - abar[t])
+
+    z0 = s * latents(3, 4, 8, 8)
+    trajectory = tint_invert.ddim_inversion(Network(ideal), schedule, z0, torch.zeros(3, 2, 2))
+    assert trajectory.shape == (501, 3, 4, 8, 8) and torch.equal(trajectory[-1], z0)
+    sigma = [(a * s**2 + 1 - a) ** 0.5 for a in schedule.abar]
+    for i in (0, 100, 250, 400):
+        torch.testing.assert_close(trajectory[i].float(), (z0 * sigma[i] / sigma[-1]).float(), rtol=0.02, atol=0.02)
+    back = diffusion.denoise(
+        Network(ideal), schedule, trajectory[0], torch.zeros(3, 2, 2), torch.zeros(3, 1, 2, 2), 1.0
+    )
+    torch.testing.assert_close(back, z0.to(back.dtype), rtol=0.02, atol=0.02)
+
+
+def test_null_text_inversion_reaches_its_trajectory_and_treats_images_one_by_one():
+    """Guided by a network whose prediction the embedding shifts, in a batch and alone; images converge after
+    different numbers of steps."""
+    schedule = make_schedule(6)
+    network = Network(lambda z, t, c: 0.3 * z + c.mean((1, 2))[:, None, None, None])
+    prompt_embeds = torch.tensor([0.0, 0.02, 0.05, 0.08])[:, None, None].expand(4, 3, 2).double()
+    null = torch.zeros(4, 3, 2).double()
+    z0 = latents(4, 4, 4, 4)
+    trajectory = tint_invert.ddim_inversion(network, schedule, z0, prompt_embeds)
+    args = argparse.Namespace(
+        guidance_scale=3.0, null_text_learning_rate=1e-2, null_text_steps=10, null_text_tolerance=1e-4
+    )
+
+    def invert(which):
+        progress = type("Progress", (), {"update": lambda self, n: None})()
+        return tint_invert.null_text_inversion(
+            network, schedule, trajectory[:, which], prompt_embeds[which], null[which], args, progress
+        )
+
+    found, reached = invert(slice(0, 4))
+    assert found.shape == (4, 6, 3, 2)
+    for k in range(4):
+        alone = invert(slice(k, k + 1))
+        torch.testing.assert_close(found[k], alone[0][0])
+        torch.testing.assert_close(reached[k], alone[1][0])
+    without = diffusion.denoise(network, schedule, trajectory[0], prompt_embeds, null[:, None], 3.0)
+    error, error_without = (((z - z0) ** 2).mean((1, 2, 3)) for z in (reached, without))
+    assert (error[2:] < 0.2 * error_without[2:]).all()  # what is left is that of six DDIM steps, not of guidance
+    replayed = diffusion.denoise(network, schedule, trajectory[0], prompt_embeds, found, 3.0)
+    torch.testing.assert_close(replayed, reached)
 
 
 def test_velocity_and_noise_name_the_same_network():
@@ -223,3 +297,27 @@ def test_new_words_alone_receive_the_gradient():
     torch.testing.assert_close(vectors.grad, torch.tensor([[2.0] * 4, [1.0] * 4]))
     assert embedding.weight.grad is None
     torch.testing.assert_close(embedding(ids), F.embedding(ids, embedding.weight))
+
+
+def test_a_schedule_that_ends_in_pure_noise_is_refused():
+    scheduler = DDIMScheduler(**BETAS, rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    with pytest.raises(UserError, match="zero terminal SNR"):
+        diffusion.make_schedule(scheduler, 10)
+
+
+def test_images_of_all_kinds_are_read_alike(tmp_path):
+    ramp = np.linspace(0, 255, 64 * 64).reshape(64, 64)
+    kinds = {
+        "grey.png": Image.fromarray(ramp.astype(np.uint8)),
+        "grey16.png": Image.fromarray((ramp * 257).astype(np.uint16)),
+        "wide.png": Image.fromarray(np.pad(ramp, ((0, 0), (20, 20))).astype(np.uint8)).convert("RGB"),
+        "cmyk.jpg": Image.fromarray(ramp.astype(np.uint8)).convert("RGB").convert("CMYK"),
+    }
+    for name, image in kinds.items():
+        image.save(tmp_path / name)
+        x = load_image(tmp_path / name)
+        assert x.shape == (3, 64, 64)
+        np.testing.assert_allclose(x[0].numpy() * 255, ramp, atol=6 if name == "cmyk.jpg" else 1)
+    clear = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
+    clear.save(tmp_path / "clear.png")
+    assert load_image(tmp_path / "clear.png", 16).min() == 1
