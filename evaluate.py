@@ -37,7 +37,7 @@ class Images(Dataset):
 def load_classifier(path, classes, args, device):
     """What classifies images [B, 3, H, W] in [0, 1]: (function to logits, class names, input side, kind).
 
-    The kind is "head" where the model was trained on classes of the folder, else "prototypes".
+    The kind is "head" where the model was trained on the folder's classes, else "prototypes" (of --support_dir).
     """
     if path.endswith(".onnx"):
         if not Path(path).is_file():
@@ -46,8 +46,7 @@ def load_classifier(path, classes, args, device):
         require(classes, model.classes, path, args.data_dir)
         return model, model.classes, models.input_size(model)[0], "head"
     names = models.class_names(path)
-    if names and set(classes) & set(names):
-        require(classes, names, path, args.data_dir)
+    if names and set(classes) <= set(names):
         model = models.load_model(path).to(device)
         size = models.input_size(model)[0]
         return lambda images: model(models.normalize(model, images)), names, size, "head"
