@@ -1,5 +1,6 @@
 """Bad input gets one clear message that names the culprit, and exit code 2."""
 
+import errno
 import json
 import shutil
 
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 
 from common import icons_fs
+from common.cli import run
 from tests.conftest import ROOT, launch
 
 
@@ -156,6 +158,21 @@ def test_damaged_record(run_dir, tmp_path):
     err = rejected("distill.py", "--support_dir", run_dir / "support", "--supports_only",
                    "--output_dir", tmp_path / "student")  # fmt: skip
     assert "distill.json is damaged" in err
+
+
+def test_full_disk_is_no_users_mistake_but_gets_a_message(capsys):
+    def main(args):
+        raise OSError(errno.ENOSPC, "No space left on device", "out/0.png")
+
+    with pytest.raises(SystemExit) as stop:
+        run(main, lambda: None)
+    assert stop.value.code == 1 and "no space left on disk for out/0.png" in capsys.readouterr().err
+
+
+def test_tracker_that_is_unknown(folder):
+    err = rejected("distill.py", "--support_dir", folder / "support", "--supports_only", "--output_dir",
+                   folder / "out", "--report_to", "nobody")  # fmt: skip
+    assert "--report_to" in err
 
 
 def test_export_of_something_else(folder):
