@@ -9,7 +9,7 @@ from the other families only.
 Which icon names count for a class, which drawings were dropped after looking at them, and which icon sets are
 known to share a designer are facts, not code: see icons_fs_classes.json.
 
-    npm pack @iconify/json && tar xzf iconify-json-*.tgz
+    npm pack @iconify/json@2.2.535 && tar xzf iconify-json-2.2.535.tgz
     python assets/build_icons_fs.py --iconify_dir package --output_dir assets/icons_fs
 """
 
