@@ -19,7 +19,7 @@ from common.cli import HelpFormatter, check_settings, natural_int, read_json, ru
 
 LAUNCH = "-m accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
 STAGES = [
-    ("episode", "-m common.icons_fs --output_dir {root} --seed {seed}"),
+    ("episode", "-m common.datasets --output_dir {root} --seed {seed}"),
     ("invert", "{launch} tint_invert.py --support_dir {root}/support --output_dir {root}/inversion --seed {seed}"),
     ("generate", "{launch} tint_generate.py --inversion_dir {root}/inversion --output_dir {root}/generated"
                  " --num_images_per_class 100 --seed {seed}"),

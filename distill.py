@@ -217,7 +217,7 @@ def main(args):
     accelerator.print(f"{output_dir}: final distillation loss {losses[-1][1]:.4f}")
 
 
-def parse_args():
+def parse_args(argv=None):
     parser = argument_parser(__doc__, "outputs/demo/student")
     add = parser.add_argument
     add("--support_dir", default="outputs/demo/support", help="the real images: one folder per class")
@@ -239,7 +239,7 @@ def parse_args():
     add("--flip_probability", type=float, default=0.5, help="of mirroring; 0 where mirror images are wrong")
     add("--color_jitter", type=float, default=0.4, help="strength of brightness, contrast and saturation changes")
     add("--dataloader_num_workers", type=int, default=0, help="processes that make views")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,45 @@
-"""Measures classifiers on the same images: accuracy with 95% intervals, per class, and paired differences.
+"""Measures classifiers with honest statistics: on a folder of images, or over few-shot episodes.
 
-A model is a student's folder, an ONNX file, or a backbone (a teacher, or a student before distillation), which
-classifies by cosine prototypes of --support_dir. NAME=PATH names it in the results.
+On a folder: students, ONNX files, and backbones (a teacher, or a student before distillation), which classify by cosine
+prototypes of --support_dir; accuracy, confusion, calibration and paired differences on the same images.
 
     accelerate launch evaluate.py --data_dir outputs/demo/query --support_dir outputs/demo/support \\
         --model teacher=assets/teacher tint=outputs/demo/student onnx=outputs/demo/export/student_fp32.onnx
+
+Over episodes: each draws classes, supports and queries, and runs the scripts of this project for each arm; arms share
+what they have in common. Finished work is kept: more episodes, queries or arms cost only what is new.
+
+    accelerate launch evaluate.py --dataset icons_fs --num_episodes 30 --num_shots 5 \\
+        --methods teacher prototypes supports tint "free=tint --generate.alpha 1" --output_dir outputs/benchmark
+
+Planning: the cheapest numbers of episodes and queries for a wanted precision (theorem 1 of 2406.03146).
+
+    python evaluate.py --plan --pilot outputs/benchmark/results.json --half_width 0.01
 """
 
-import html
 from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from common import models
-from common.cli import UserError, argument_parser, positive_int, run, settings_of, start, whole_file, write_json
+from common import datasets, episodes, models, statistics
+from common.cli import (
+    UserError,
+    argument_parser,
+    positive_int,
+    provenance,
+    read_json,
+    run,
+    start,
+    write_json,
+)
 from common.images import list_images, load_folder, load_image
 from common.onnx_model import OnnxClassifier
-from common.statistics import paired_difference, wilson_interval
+from common.report import data_uri, percent, with_interval, write_report
+from common.tensorrt_engine import EngineClassifier
+
+OPTIONS = ("model", "data_dir", "support_dir", "teacher_image_size", "batch_size", "seed")  # that count on a folder
 
 
 class Images(Dataset):
@@ -39,17 +60,16 @@ def load_classifier(path, classes, args, device):
 
     The kind is "head" where the model was trained on the folder's classes, else "prototypes" (of --support_dir).
     """
-    if path.endswith(".onnx"):
+    if path.endswith((".onnx", ".engine")):
         if not Path(path).is_file():
             raise UserError(f"{path}: no such file.")
-        model = OnnxClassifier(path, device)
+        model = (OnnxClassifier if path.endswith(".onnx") else EngineClassifier)(path, device)
         require(classes, model.classes, path, args.data_dir)
         return model, model.classes, models.input_size(model)[0], "head"
     names = models.class_names(path)
     if names and set(classes) <= set(names):
         model = models.load_model(path).to(device)
-        size = models.input_size(model)[0]
-        return lambda images: model(models.normalize(model, images)), names, size, "head"
+        return models.with_head(model), names, models.input_size(model)[0], "head"
     if not args.support_dir:
         raise UserError(
             f"{path} does not know the classes of {args.data_dir}: give --support_dir, to classify by prototypes."
@@ -68,21 +88,37 @@ def require(classes, names, owner, data_dir):
 
 @torch.no_grad()
 def predict(classifier, paths, size, args, accelerator):
-    """The predicted output index of each image [N], the same on every process."""
+    """The predicted output index and its probability for each image, [N] and [N], the same on every process."""
     loader = accelerator.prepare(DataLoader(Images(paths, size), args.batch_size))
-    predictions = torch.empty(len(paths), dtype=torch.long)
+    predictions, confidences = torch.empty(len(paths), dtype=torch.long), torch.empty(len(paths))
     for positions, images in tqdm(loader, desc="evaluating", disable=not accelerator.is_local_main_process):
         with accelerator.autocast():
             logits = classifier(images)
         if not logits.isfinite().all():
             raise UserError("a model answers NaN: it is broken, or needs --mixed_precision no.")
-        found = accelerator.gather_for_metrics((positions, logits.argmax(-1)))
-        predictions[found[0].cpu()] = found[1].cpu()
-    return predictions
+        confidence, prediction = logits.float().softmax(-1).max(-1)
+        found = accelerator.gather_for_metrics((positions, prediction, confidence))
+        predictions[found[0].cpu()], confidences[found[0].cpu()] = found[1].cpu(), found[2].cpu()
+    return predictions, confidences
 
 
-def summarise(predictions, labels, classes, names):
-    """Accuracy with its Wilson interval over images, all and per class; the confusion matrix (rows: truth).
+def calibration(confidences, correct, bins=10):
+    """Expected calibration error over equal bins of confidence (Guo et al., 1706.04599, equation 3), and the bins."""
+    edges = torch.linspace(0, 1, bins + 1)
+    which = torch.bucketize(confidences, edges[1:-1])
+    rows = []
+    for b in range(bins):
+        inside = which == b
+        means = [x[inside].float().mean().item() if inside.any() else None for x in (confidences, correct)]
+        row = {"low": edges[b].item(), "high": edges[b + 1].item(), "count": int(inside.sum())}
+        rows.append(row | dict(zip(("confidence", "accuracy"), means)))
+    gaps = [row["count"] * abs(row["confidence"] - row["accuracy"]) for row in rows if row["count"]]
+    return sum(gaps) / len(correct), rows
+
+
+def summarise(predictions, confidences, labels, classes, names, paths, num_worst=12):
+    """Accuracy with its Wilson interval over images, all and per class; confusion (rows: truth); calibration; the wrong
+    answers given with most confidence.
 
     Args:
         predictions: indices into `names`, the model's classes. labels: indices into `classes`, the folder's.
@@ -92,84 +128,33 @@ def summarise(predictions, labels, classes, names):
 
     def accuracy(which):
         hits, count = int(correct[which].sum()), int(which.sum())
-        return {"mean": hits / count, "ci95": wilson_interval(hits, count), "count": count}
+        return {"mean": hits / count, "ci95": statistics.wilson_interval(hits, count), "count": count}
 
     confusion = torch.zeros(len(classes), len(names), dtype=torch.long)
     confusion.index_put_((labels, predictions), torch.tensor(1), accumulate=True)
+    ece, bins = calibration(confidences, correct)
+    wrong = [i for i in confidences.argsort(descending=True).tolist() if not correct[i]]
     return accuracy(torch.ones_like(correct)) | {
         "per_class": {c: accuracy(labels == i) for i, c in enumerate(classes)},
         "confusion": {"rows": list(classes), "columns": list(names), "counts": confusion.tolist()},
+        "ece": ece,
+        "calibration": bins,
+        "worst": [
+            {
+                "file": "/".join(paths[i].parts[-2:]),
+                "truth": classes[labels[i]],
+                "answer": names[predictions[i]],
+                "confidence": confidences[i].item(),
+                "image": data_uri(load_image(paths[i])),
+            }
+            for i in wrong[:num_worst]
+        ],
         "correct": correct.int().tolist(),
     }
 
 
-def percent(value):
-    return f"{100 * value:.1f}"
-
-
-def with_interval(result):
-    return f"{percent(result['mean'])} [{percent(result['ci95'][0])}, {percent(result['ci95'][1])}]"
-
-
-def write_report(path, results):
-    """report.html: one file, no scripts; accuracies with intervals as a plot, per class, confusion matrices."""
-    escape = html.escape
-
-    def bar(result):
-        low, high = (100 * x for x in result["ci95"])
-        return (
-            '<svg viewBox="0 0 100 6" preserveAspectRatio="none" role="img">'
-            f'<rect width="{100 * result["mean"]:.2f}" height="6" class="bar"/>'
-            f'<rect x="{low:.2f}" y="2.5" width="{high - low:.2f}" height="1" class="whisker"/></svg>'
-        )
-
-    methods = results["methods"]
-    rows = [
-        f"<tr><th>{escape(n)}<td>{with_interval(m)}<td>{m['classifier']}<td class=plot>{bar(m)}"
-        for n, m in methods.items()
-    ]
-    pairs = [
-        f"<tr><th>{escape(p['a'])} − {escape(p['b'])}"
-        f"<td>{percent(p['mean'])} [{percent(p['ci95'][0])}, {percent(p['ci95'][1])}]"
-        for p in results["paired_differences"]
-    ]
-    per_class = ["<tr><th>class" + "".join(f"<th>{escape(n)}" for n in methods)] + [
-        f"<tr><th>{escape(c)}" + "".join(f"<td>{with_interval(m['per_class'][c])}" for m in methods.values())
-        for c in results["classes"]
-    ]
-    confusions = []
-    for n, m in methods.items():
-        head = "".join(f"<th>{escape(c)}" for c in m["confusion"]["columns"])
-        body = "".join(
-            f"<tr><th>{escape(c)}" + "".join(f"<td>{k}" for k in counts)
-            for c, counts in zip(m["confusion"]["rows"], m["confusion"]["counts"])
-        )
-        confusions.append(f"<h3>{escape(n)}</h3><div><table><tr><th>truth \\ answer{head}{body}</table></div>")
-    page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Evaluation</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }}
-div {{ overflow-x: auto }} table {{ border-collapse: collapse; width: 100%; margin: .5rem 0 1.5rem }}
-th, td {{ text-align: left; padding: .3rem .6rem; border-bottom: 1px solid #ddd; font-variant-numeric: tabular-nums }}
-th {{ font-weight: 600 }} td {{ white-space: nowrap }}
-.plot {{ width: 40% }} svg {{ width: 100%; height: 1.1rem; background: #f0f0f0 }}
-.bar {{ fill: #7aa6d8 }} .whisker {{ fill: #12365c }}
-</style>
-<h1>Evaluation</h1>
-<p>{results["num_images"]} images of {len(results["classes"])} classes from <code>{escape(results["data_dir"])}</code>.
-Accuracy in percent; 95% Wilson intervals over the images of this folder.</p>
-<div><table>{"".join(rows)}</table></div>
-<h2>Paired differences</h2><p>On the same images, in percentage points, with 95% intervals.</p>
-<div><table>{"".join(pairs) or "<tr><td>one model only"}</table></div>
-<h2>Per class</h2><div><table>{"".join(per_class)}</table></div>
-<h2>Confusion</h2>{"".join(confusions)}
-</html>
-"""
-    with whole_file(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
-
-
-def main(args):
+def evaluate_folder(args):
+    """Accuracy of each --model on the images of --data_dir: results.json and report.html."""
     specs = {}
     for spec in args.model:
         name, separator, path = spec.partition("=")
@@ -186,23 +171,16 @@ def main(args):
     methods = {}
     for name, path in specs.items():
         classifier, names, size, kind = load_classifier(path, classes, args, accelerator.device)
-        predictions = predict(classifier, paths, size, args, accelerator)
-        methods[name] = {"classifier": kind} | summarise(predictions, labels, classes, names)
+        answers = predict(classifier, paths, size, args, accelerator)
+        methods[name] = {"classifier": kind} | summarise(*answers, labels, classes, names, paths)
         accelerator.log({f"accuracy/{name}": methods[name]["mean"]})
     pairs = [
-        {"a": a, "b": b} | dict(zip(("mean", "ci95"), (d[0], d[1:])))
-        for i, b in enumerate(methods)
-        for a in list(methods)[i + 1 :]
-        for d in [paired_difference(methods[a]["correct"], methods[b]["correct"])]
+        {"a": a, "b": b, "mean": mean, "ci95": interval}
+        for a, b in statistics.pairs_of(methods)
+        for mean, *interval in [statistics.paired_difference(methods[a]["correct"], methods[b]["correct"])]
     ]
-    results = {
-        "settings": settings_of(args),
-        "data_dir": str(args.data_dir),
-        "num_images": len(paths),
-        "classes": classes,
-        "methods": methods,
-        "paired_differences": pairs,
-    }
+    results = {"kind": "accuracy", "data_dir": str(args.data_dir), "num_images": len(paths), "classes": classes}
+    results |= {"methods": methods, "paired_differences": pairs} | provenance(args, OPTIONS)
     if accelerator.is_main_process:
         write_json(Path(args.output_dir) / "results.json", results)
         write_report(Path(args.output_dir) / "report.html", results)
@@ -212,25 +190,132 @@ def main(args):
         accelerator.print(f"{name:{width}}  {with_interval(result)} %  by {result['classifier']}")
 
 
-def parse_args():
+def read_pilot(args):
+    """Accuracy, its variance over episodes, seconds an episode and a query, and queries an episode of a pilot.
+
+    From results.json of a benchmark, or from the command line, which has the last word.
+    """
+    accuracy, s2, cost, ways = args.accuracy, args.episode_variance, {}, args.num_ways
+    if args.pilot:
+        if not Path(args.pilot).is_file():
+            raise UserError(f"--pilot {args.pilot}: no such file.")
+        pilot = read_json(args.pilot)
+        if pilot.get("kind") != "benchmark":
+            raise UserError(f"--pilot {args.pilot} is no benchmark over episodes: give results.json of --dataset.")
+        name = args.method or list(pilot["methods"])[-1]
+        if name not in pilot["methods"]:
+            raise UserError(f"--method {name}: {args.pilot} has {', '.join(pilot['methods'])}.")
+        method, cost, ways = pilot["methods"][name], pilot["cost"], pilot["dataset"]["num_ways"]
+        accuracy = method["mean"] if accuracy is None else accuracy
+        s2 = method["s2"] if s2 is None else s2
+        print(f"pilot: {name}, {method['num_episodes']} episodes, {method['num_queries']} queries")
+    seconds = [args.episode_seconds, args.query_seconds]
+    seconds = [cost.get(k) if x is None else x for x, k in zip(seconds, ("episode_seconds", "query_seconds"))]
+    if None in (accuracy, s2, *seconds):
+        raise UserError(
+            "--plan needs --pilot, a results.json of at least two episodes with two queries; or all of --accuracy, "
+            "--episode_variance, --episode_seconds and --query_seconds."
+        )
+    return accuracy, s2, *seconds, ways
+
+
+def plan(args):
+    """Prints the cheapest benchmark that reaches --half_width, or the most precise one in --budget_seconds."""
+    if (args.half_width is None) == (args.budget_seconds is None):
+        raise UserError("--plan needs one of --half_width and --budget_seconds.")
+    accuracy, s2, episode_seconds, query_seconds, ways = read_pilot(args)
+    wanted = {"half_width": args.half_width, "budget_seconds": args.budget_seconds}
+    try:
+        best, rows = statistics.plan(
+            accuracy, s2, episode_seconds, query_seconds, **wanted, max_queries=args.max_queries
+        )
+    except ValueError as error:
+        raise UserError(f"--plan: {error}") from error
+    custom = {
+        "num_episodes": 600,
+        "num_queries": 15 * ways,
+        "seconds": 600 * (episode_seconds + 15 * ways * query_seconds),
+    }
+    custom["half_width"] = statistics.expected_half_width(accuracy, s2, 600, 15 * ways)
+    print(f"accuracy {percent(accuracy)} %, variance over episodes s2 = {s2:.5f}")
+    print(f"an episode costs {episode_seconds:.3g} s, a query {query_seconds:.3g} s\n")
+    print(f"{'':12}{'episodes':>9}{'queries in each':>17}{'95% interval':>15}{'hours':>10}")
+    for title, row in [("cheapest", best), *(("", row) for row in rows), ("customary", custom)]:
+        print(
+            f"{title:12}{row['num_episodes']:9}{row['num_queries']:17}{'±' + percent(row['half_width']):>15}"
+            f"{row['seconds'] / 3600:10.3g}"
+        )
+    per_class = -(-best["num_queries"] // ways)
+    print(f"\nevaluate.py --num_episodes {best['num_episodes']} --num_queries {per_class}   (a class of {ways})")
+    write_json(Path(args.output_dir) / "plan.json", {"plan": best, "alternatives": rows, "customary": custom})
+
+
+def main(args):
+    if args.plan:
+        plan(args)
+    elif args.dataset:
+        episodes.evaluate_episodes(args)
+    else:
+        evaluate_folder(args)
+
+
+def number_or_all(text):
+    return None if text == "all" else positive_int(text)
+
+
+def parse_args(argv=None):
     parser = argument_parser(__doc__, "outputs/demo/evaluation")
     add = parser.add_argument
+    add("--teacher_image_size", type=positive_int, help="the teacher's input side; default: its own")
+    add("--batch_size", type=positive_int, default=64, help="images classified together")
+    add = parser.add_argument_group("models on a folder").add_argument
     add(
         "--model",
         nargs="+",
         default=["outputs/demo/student"],
         metavar="[NAME=]PATH",
-        help="model folders, timm names or ONNX files to measure on the same images",
+        help="model folders, timm names, ONNX files or TensorRT engines to measure on the same images",
     )
     add("--data_dir", default="outputs/demo/query", help="the images to measure on: one folder per class")
     add("--support_dir", help="support images, for models that do not know the classes")
+    add = parser.add_argument_group("methods over episodes").add_argument
+    add("--dataset", help=f"{', '.join(datasets.DATASETS)}, or a folder of class folders with splits.json")
+    add("--dataset_dir", help="where the data set lies; default: data/<name>")
+    add("--split", choices=["base", "val", "novel"], default="novel", help="the classes to draw from")
+    add("--num_ways", type=positive_int, default=5, help="classes in an episode")
+    add("--num_shots", type=positive_int, default=5, help="support images a class")
+    add("--num_queries", type=number_or_all, default=15, metavar="N|all", help="queries a class; all: all other images")
+    add("--num_episodes", type=positive_int, default=10, help="episodes; finished ones are kept")
     add(
-        "--teacher_image_size",
-        type=positive_int,
-        help="input side of models that classify by prototypes; default: their own",
+        "--methods",
+        nargs="+",
+        default=["teacher", "prototypes", "supports", "tint"],
+        metavar="[NAME=]METHOD",
+        help=f"{', '.join(episodes.METHODS)}; in quotes with options of the scripts that it runs, as "
+        '"free=tint --generate.alpha 1"',
     )
-    add("--batch_size", type=positive_int, default=64, help="images classified together")
-    return parser.parse_args()
+    add("--pretrained_model_name_or_path", default="assets/mini-sd", help="Stable Diffusion model: folder or hub name")
+    add("--teacher", default="assets/teacher", help="timm backbone: model folder, timm name or hf-hub:name")
+    add("--student", default="assets/student", help="model folder to start from, or timm name for random weights")
+    for script, module in episodes.SCRIPTS.items():
+        add(
+            f"--{script}",
+            default="",
+            metavar='"OPTIONS"',
+            help=f"options of {module.__name__}.py, for all methods",
+        )
+    add = parser.add_argument_group("planning").add_argument
+    add("--plan", action="store_true", help="print the cheapest numbers of episodes and queries")
+    add("--pilot", help="results.json of a few episodes")
+    add("--method", help="the pilot's method to plan for; default: its last")
+    add("--accuracy", type=float, help="accuracy expected; default: the pilot's")
+    add("--episode_variance", type=float, help="variance s2 of the accuracy over episodes; default: the pilot's")
+    add("--episode_seconds", type=float, help="cost of an episode without queries; default: the pilot's")
+    add("--query_seconds", type=float, help="cost of a query; default: the pilot's")
+    add("--half_width", type=float, help="wanted half-width of the 95% interval, as 0.01 for one point")
+    add("--budget_seconds", type=float, help="time to spend")
+    add("--max_queries", type=positive_int, help="queries that an episode can have, of all its classes together")
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

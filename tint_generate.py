@@ -214,7 +214,7 @@ def main(args):
     accelerator.end_training()
 
 
-def parse_args():
+def parse_args(argv=None):
     parser = argument_parser(__doc__, "outputs/demo/generated")
     add = parser.add_argument
     add("--inversion_dir", default="outputs/demo/inversion", help="what tint_invert.py wrote")
@@ -236,7 +236,7 @@ def parse_args():
     add("--guidance_scale", type=float, help="guidance scale w; default: the one inverted with")
     add("--image_size", type=positive_int, help="side of the images written; default: the support images' side")
     add("--batch_size", type=positive_int, default=50, help="images denoised together")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

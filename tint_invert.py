@@ -385,7 +385,7 @@ def read_templates(args):
     return lines
 
 
-def parse_args():
+def parse_args(argv=None):
     parser = argument_parser(__doc__, "outputs/demo/inversion")
     add = parser.add_argument
     add(
@@ -422,7 +422,7 @@ def parse_args():
     group("--null_text_steps", type=natural_int, default=10, help="at most so many Adam steps a DDIM step")
     group("--null_text_tolerance", type=float, default=1e-5, help="mean squared error that is close enough")
     group("--null_text_batch_size", type=positive_int, default=5, help="images that are inverted together")
-    return parse_with_model_defaults(parser, "tint_invert")
+    return parse_with_model_defaults(parser, "tint_invert", argv)
 
 
 if __name__ == "__main__":

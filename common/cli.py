@@ -5,8 +5,11 @@ import errno
 import hashlib
 import json
 import os
+import platform
+import shlex
 import sys
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -64,7 +67,8 @@ def parse_with_model_defaults(parser, script, argv=None):
     Best settings differ from model to model. A local model folder may hold `tint.json`, {script: {option: value}};
     its values replace the script's defaults, which are those of Stable Diffusion.
     """
-    model = parser.parse_known_args([a for a in argv or sys.argv[1:] if a not in ("-h", "--help")])[0]
+    argv = sys.argv[1:] if argv is None else argv
+    model = parser.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0]
     defaults = Path(model.pretrained_model_name_or_path) / "tint.json"
     if defaults.is_file():
         parser.set_defaults(**read_json(defaults).get(script, {}))
@@ -162,6 +166,18 @@ def settings_of(args, *leave_out):
     """The options that decide a result, for its record: those of where and how it is computed are left out."""
     outside = {"output_dir", "mixed_precision", "report_to", *leave_out}
     return {name: value for name, value in vars(args).items() if name not in outside}
+
+
+def provenance(args, options):
+    """What repeats a result: {"settings", "versions", "command"}, the settings being those of `options`."""
+    packages = ("torch", "torchvision", "timm", "diffusers", "transformers", "accelerate", "onnxruntime")
+    versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else platform.machine()
+    return {
+        "settings": {name: value for name, value in settings_of(args).items() if name in options},
+        "versions": versions | {"device": str(device)},
+        "command": shlex.join(["accelerate", "launch", Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
 
 
 def check_settings(path, settings):

@@ -65,9 +65,15 @@ def open_image(path, size=None):
     return ImageOps.fit(image, [size or min(image.size)] * 2, Image.Resampling.BICUBIC)
 
 
+def as_tensor(image, size=None):
+    """A PIL image as a float tensor [3, size, size] in [0, 1]: its central square, resized with antialiasing."""
+    image = ImageOps.fit(image.convert("RGB"), [size or min(image.size)] * 2, Image.Resampling.BICUBIC)
+    return TF.to_dtype(TF.to_image(image), torch.float32, scale=True)
+
+
 def load_image(path, size=None):
     """`open_image` as a float tensor [3, size, size] in [0, 1]."""
-    return TF.to_dtype(TF.to_image(open_image(path, size)), torch.float32, scale=True)
+    return as_tensor(open_image(path, size))
 
 
 def load_folder(folder, size=None, classes=None):

@@ -204,6 +204,11 @@ def features(model, images):
     return model.forward_head(model.forward_features(normalize(model, images)), pre_logits=True)
 
 
+def with_head(model):
+    """Function of images [B, 3, H, W] in [0, 1] to the logits of the model's own head."""
+    return lambda images: model(normalize(model, images))
+
+
 class PrototypeClassifier(nn.Module):
     """A backbone specialised on a support set by cosine prototypes (Snell et al., 1703.05175, with the cosine and
     the centring of SimpleShot, 1911.04623).

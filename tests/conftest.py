@@ -42,7 +42,7 @@ def run_dir(tmp_path_factory):
     """
     root = tmp_path_factory.mktemp("run")
     episode = ("--split", "val", "--num_ways", 2, "--num_shots", 2)
-    launch("-m", "common.icons_fs", "--output_dir", root, *episode)
+    launch("-m", "common.datasets", "--output_dir", root, *episode)
     launch("tint_invert.py", "--support_dir", root / "support", "--output_dir", root / "inversion",
            "--plain_prompt", "an icon", "--num_vectors", 2, *INVERT, by=ACCELERATE)  # fmt: skip
     launch("tint_generate.py", "--inversion_dir", root / "inversion", "--output_dir", root / "generated",

@@ -189,5 +189,5 @@ def test_int8_without_images_and_tensorrt_without_tensorrt(run_dir, tmp_path):
 
 def test_episode_with_too_many_ways(tmp_path):
     many = len(icons_fs.load_splits()["val"]) + 1
-    assert f"--num_ways {many}" in rejected("-m", "common.icons_fs", "--split", "val", "--num_ways", many,
+    assert f"--num_ways {many}" in rejected("-m", "common.datasets", "--split", "val", "--num_ways", many,
                                             "--output_dir", tmp_path)  # fmt: skip

@@ -5,7 +5,7 @@ import json
 from PIL import Image
 
 from common import icons_fs
-from tests.conftest import ROOT, launch
+from tests.conftest import ROOT
 
 PERMISSIVE = {"MIT", "Apache-2.0", "CC-BY-4.0", "ISC", "CC0-1.0", "OFL-1.1", "Unlicense", "BSD-3-Clause", "WTFPL"}
 
@@ -23,17 +23,6 @@ def test_every_drawing_has_its_picture_and_its_licence():
     assert licenses <= PERMISSIVE
     attribution = (icons_fs.FOLDER / "ATTRIBUTION.md").read_text()
     assert all(f"`{fact['set']}`" in attribution for facts in drawings.values() for fact in facts)
-
-
-def test_episodes_are_the_same_for_all_and_supports_are_no_queries(tmp_path):
-    first, again, other = (icons_fs.draw_episode("novel", 5, 5, 0, index) for index in (3, 3, 4))
-    assert first == again != other
-    drawings = icons_fs.load_drawings()
-    assert all(sorted(order) == list(range(len(drawings[name]))) for name, order in first.items())
-    launch("-m", "common.icons_fs", "--episode", 3, "--output_dir", tmp_path)
-    for name, order in first.items():
-        written = [{int(p.stem) for p in (tmp_path / part / name).iterdir()} for part in ("support", "query")]
-        assert written == [set(order[:5]), set(order[5:])]
 
 
 def test_assets_hold_no_pickles():

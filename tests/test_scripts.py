@@ -254,7 +254,7 @@ def test_models_of_both_stable_diffusion_generations(kind, run_dir, tmp_path, re
 
 def test_null_text_inversion_at_the_default_settings_reconstructs(tmp_path):
     """Within 1 dB of the VAE alone and 3 dB above DDIM inversion at the same guidance, on novel images."""
-    launch("-m", "common.icons_fs", "--output_dir", tmp_path, "--num_shots", 2)
+    launch("-m", "common.datasets", "--output_dir", tmp_path, "--num_shots", 2)
     launch("tint_invert.py", "--support_dir", tmp_path / "support", "--output_dir", tmp_path / "inversion",
            "--max_train_steps", 60, "--validation_samples", 32)  # fmt: skip
     records = [json.loads(p.read_text()) for p in tmp_path.glob("inversion/*/inversion.json")]

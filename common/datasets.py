@@ -1,0 +1,223 @@
+"""Few-shot data sets: images of base, val and novel classes, and episodes drawn from them.
+
+icons_fs      bundled; of val and novel classes the pool of drawings that no model has seen (see common/icons_fs.py)
+cifar_fs      CIFAR-100, binary version, DIR/train.bin ...; split 64/16/20 by Bertinetto et al., 1805.08136
+cub           CUB-200-2011 (Wah et al., 2011), DIR/images/<class>/; split 100/50/50 by Chen et al., 1904.04232
+miniimagenet  64/16/20 classes of ImageNet (Vinyals et al., 1606.04080; split by Ravi and Larochelle, 2017), either as
+              DIR/{train,val,test}/<class>/, or as DIR/images/ with DIR/{train,val,test}.csv (filename, label)
+DIR           a folder of class folders with DIR/splits.json: {"base": [class names], "val": [...], "novel": [...]}
+
+    python -m common.datasets --dataset icons_fs --output_dir outputs/demo
+
+writes one episode as image folders: `support/<class>/` and, of the other images, `query/<class>/`.
+
+torchvision reads CIFAR-100 by unpickling; the binary version holds the same images, and nothing here is ever unpickled.
+"""
+
+import csv
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from common import icons_fs
+from common.cli import UserError, argument_parser, natural_int, positive_int, read_json, run
+from common.images import list_images, open_image
+
+SPLITS = Path(__file__).parent.parent / "assets" / "splits"
+MISSING = {
+    "cifar_fs": "Download CIFAR-100's binary version (cifar-100-binary.tar.gz) from the University of Toronto, "
+    "www.cs.toronto.edu/~kriz/cifar.html, and unpack it there, so that {0}/train.bin exists.",
+    "cub": "Download CUB-200-2011 (CUB_200_2011.tgz) from Caltech, www.vision.caltech.edu/datasets/cub_200_2011, and "
+    "unpack it there, so that {0}/images/001.Black_footed_Albatross exists.",
+    "miniimagenet": "Make it of ImageNet's training images (image-net.org) with the lists of Ravi and Larochelle "
+    "(github.com/twitter-research/meta-learning-lstm): {0}/train/<class>/*.jpg, {0}/val/..., {0}/test/..., or "
+    "{0}/images/*.jpg with {0}/train.csv, val.csv and test.csv.",
+}
+DATASETS = ("icons_fs", *MISSING)
+
+
+@dataclass(frozen=True)
+class FewShotDataset:
+    """The classes of one split.
+
+    classes: {class name: references}, in the same order on every machine; a reference is a path, or a number as text.
+    open: function of a class name and a reference to the image, PIL, RGB.
+    """
+
+    classes: dict
+    open: Callable
+
+
+def load_dataset(name, split, folder=None):
+    """The split "base", "val" or "novel" of a data set by name, or of a folder with splits.json.
+
+    Raises:
+        UserError: data that are missing or damaged; the message says what to do.
+    """
+    if name == "icons_fs":
+        return load_icons_fs(split)
+    if name not in MISSING:
+        return load_split_folder(Path(name), split, Path(name) / "splits.json")
+    folder = Path(folder or f"data/{name}")
+    loaders = {"cifar_fs": load_cifar_fs, "cub": load_cub, "miniimagenet": load_miniimagenet}
+    return loaders[name](folder, split)
+
+
+def missing(name, folder):
+    return UserError(f"--dataset {name}: not found in {folder}. {MISSING[name].format(folder)}")
+
+
+def load_icons_fs(split):
+    facts = icons_fs.load_drawings()
+    usable = {"base": "base", "val": "episode", "novel": "episode"}[split]
+    classes = {
+        name: [f"{i:03d}" for i, fact in enumerate(facts[name]) if fact.get("pool", usable) == usable]
+        for name in sorted(icons_fs.load_splits()[split])
+    }
+    sheets = {}
+
+    def open_drawing(name, reference):
+        if name not in sheets:
+            sheets[name] = icons_fs.load_class(name).mul(255).round().byte().permute(0, 2, 3, 1).numpy()
+        return Image.fromarray(sheets[name][int(reference)])
+
+    return FewShotDataset(classes, open_drawing)
+
+
+def load_cifar_fs(folder, split):
+    """All 600 images of a class: those of CIFAR-100's training part, then those of its test part."""
+    folder = folder / "cifar-100-binary" if (folder / "cifar-100-binary").is_dir() else folder
+    parts = []
+    for file in ("train.bin", "test.bin"):
+        if not (folder / file).is_file() or not (folder / "fine_label_names.txt").is_file():
+            raise missing("cifar_fs", folder)
+        bytes_ = np.fromfile(folder / file, np.uint8)
+        if not len(bytes_) or len(bytes_) % 3074:  # coarse label, fine label, 3 x 32 x 32 pixels
+            raise UserError(f"{folder / file} is damaged: its size is no multiple of 3074 bytes. Unpack it again.")
+        parts.append(bytes_.reshape(-1, 3074))
+    records = np.concatenate(parts)
+    names = (folder / "fine_label_names.txt").read_text().split()
+    wanted = read_json(SPLITS / "cifar_fs.json")[split]
+    if records[:, 1].max() >= len(names) or not set(wanted) <= set(names):
+        raise UserError(f"{folder / 'fine_label_names.txt'} lacks classes of CIFAR-100: unpack it again.")
+    classes = {
+        name: [f"{i:05d}" for i in np.flatnonzero(records[:, 1] == names.index(name))] for name in sorted(wanted)
+    }
+
+    def open_record(name, reference):
+        return Image.fromarray(records[int(reference), 2:].reshape(3, 32, 32).transpose(1, 2, 0).copy())
+
+    return FewShotDataset(classes, open_record)
+
+
+def of_files(classes):
+    return FewShotDataset(dict(sorted(classes.items())), lambda name, path: open_image(path))
+
+
+def load_split_folder(folder, split, splits):
+    """The class folders of `folder` that the file `splits` names."""
+    if not folder.is_dir():
+        raise UserError(f"--dataset {folder}: no such folder, and no known data set ({', '.join(DATASETS)}).")
+    if not splits.is_file():
+        raise UserError(f'{splits} is missing: write {{"base": [...], "val": [...], "novel": [...]}} with class names.')
+    names = read_json(splits).get(split, [])
+    absent = [name for name in names if not (folder / name).is_dir()]
+    if not names or absent:
+        raise UserError(f"{splits}: the split {split} has {len(names)} classes, of which {folder} lacks {absent[:5]}.")
+    images = list_images(folder)
+    return of_files({name: images[name] for name in names})
+
+
+def load_cub(folder, split):
+    folder = folder / "CUB_200_2011" if (folder / "CUB_200_2011").is_dir() else folder
+    if not (folder / "images").is_dir():
+        raise missing("cub", folder)
+    return load_split_folder(folder / "images", split, SPLITS / "cub.json")
+
+
+def load_miniimagenet(folder, split):
+    part = {"base": "train", "val": "val", "novel": "test"}[split]
+    if (folder / part).is_dir():
+        return of_files(list_images(folder / part))
+    table = folder / f"{part}.csv"
+    if not table.is_file() or not (folder / "images").is_dir():
+        raise missing("miniimagenet", folder)
+    classes = {}
+    with table.open(newline="") as file:
+        rows = csv.DictReader(file)
+        if not {"filename", "label"} <= set(rows.fieldnames or ()):
+            raise UserError(f"{table} should have the columns filename and label.")
+        for row in rows:
+            path = folder / "images" / row["filename"]
+            if not path.is_file():
+                raise UserError(f"{table} names {path}, which is missing: put it there, or remove the line.")
+            classes.setdefault(row["label"], []).append(path)
+    return of_files({name: sorted(paths) for name, paths in classes.items()})
+
+
+def draw_episode(dataset, num_ways, num_shots, seed, index):
+    """Episode `index` of a data set: the same for everybody who asks with the same arguments.
+
+    Returns:
+        {class name: references in random order}: the first `num_shots` are the supports, the others queries, so that
+        more queries never change an episode.
+    Raises:
+        UserError: too few classes, or too few images in one.
+    """
+    rng = np.random.default_rng([seed, index])
+    if num_ways > len(dataset.classes):
+        raise UserError(f"--num_ways {num_ways}: the split has {len(dataset.classes)} classes.")
+    chosen = map(str, rng.choice(sorted(dataset.classes), num_ways, replace=False))
+    episode = {name: [dataset.classes[name][i] for i in rng.permutation(len(dataset.classes[name]))] for name in chosen}
+    for name, order in episode.items():
+        if len(order) <= num_shots:
+            raise UserError(f"--num_shots {num_shots}: {name} has {len(order)} images, supports and queries in all.")
+    return episode
+
+
+def write_images(dataset, chosen, folder):
+    """Writes {class name: references} as image folders, which appear whole: files as they are, others as PNG."""
+    folder = Path(folder)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    for name, references in chosen.items():
+        (temporary / name).mkdir(parents=True)
+        for reference in references:
+            if isinstance(reference, Path):
+                shutil.copyfile(reference, temporary / name / reference.name)
+            else:
+                dataset.open(name, reference).save(temporary / name / f"{reference}.png")
+    temporary.replace(folder)
+
+
+def main(args):
+    output_dir = Path(args.output_dir)
+    if (output_dir / "support").exists():
+        raise UserError(f"{output_dir} already holds an episode: give another --output_dir, or delete it.")
+    dataset = load_dataset(args.dataset, args.split, args.dataset_dir)
+    episode = draw_episode(dataset, args.num_ways, args.num_shots, args.seed, args.episode)
+    shutil.rmtree(output_dir / "query", ignore_errors=True)  # of an interrupted run
+    write_images(dataset, {name: order[args.num_shots :] for name, order in episode.items()}, output_dir / "query")
+    write_images(dataset, {name: order[: args.num_shots] for name, order in episode.items()}, output_dir / "support")
+    queries = sum(map(len, episode.values())) - args.num_ways * args.num_shots
+    print(f"{output_dir}: {', '.join(episode)}; {args.num_shots} supports each, {queries} queries in all")
+
+
+def parse_args():
+    parser = argument_parser(__doc__, "outputs/demo")
+    add = parser.add_argument
+    add("--dataset", default="icons_fs", help=f"{', '.join(DATASETS)}, or a folder of class folders with splits.json")
+    add("--dataset_dir", help="where the data set lies; default: data/<name>")
+    add("--split", choices=["base", "val", "novel"], default="novel", help="the classes to draw from")
+    add("--num_ways", type=positive_int, default=5, help="classes in the episode")
+    add("--num_shots", type=positive_int, default=5, help="support images a class")
+    add("--episode", type=natural_int, default=0, help="which episode; each number gives another")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run(main, parse_args)

@@ -1,0 +1,323 @@
+"""A benchmark over few-shot episodes: each draws classes, supports and queries, and runs the project's scripts for each
+arm. Arms share what they have in common, finished work is kept, processes divide the episodes among themselves.
+
+Below --output_dir, episodes/<index>/ holds support/, <script>-<key>/ (what a script wrote) and result-<key>.json (which
+queries an arm answers rightly). A key stands for all settings up to there: what is changed is made anew beside the old.
+"""
+
+import hashlib
+import json
+import os
+import shlex
+import time
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+import distill
+import tint_generate
+import tint_invert
+from common import datasets, models, statistics
+from common.cli import UserError, check_settings, fingerprint, provenance, read_json, settings_of, start, write_json
+from common.images import as_tensor, load_image
+from common.report import data_uri, with_interval, write_report
+
+SCRIPTS = {"invert": tint_invert, "generate": tint_generate, "distill": distill}
+METHODS = {  # the scripts that each method runs
+    "teacher": (),  # the teacher's prototypes
+    "prototypes": (),  # the student's, before distillation
+    "supports": ("distill",),
+    "tint": ("invert", "generate", "distill"),
+    "textual_inversion": ("invert", "generate", "distill"),
+    "null_text": ("invert", "generate", "distill"),
+}
+OPTIONS = (
+    "dataset", "dataset_dir", "split", "num_ways", "num_shots", "num_queries", "num_episodes", "seed", "methods",
+    "pretrained_model_name_or_path", "teacher", "teacher_image_size", "student", "invert", "generate", "distill",
+)  # fmt: skip
+IDENTITY = ("dataset", "dataset_dir", "split", "num_ways", "num_shots", "seed")  # of a benchmark: it cannot change
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to a classifier: its scripts' arguments, and for each a key that stands for all settings up to there."""
+
+    name: str
+    method: str
+    options: str
+    arguments: dict  # {script: Namespace}
+    keys: dict  # {script: key}
+    key: str
+
+
+def digest(*parts):
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:10]
+
+
+def parse_arm(text, args):
+    """An Arm from "[NAME=]METHOD [--SCRIPT.OPTION VALUE ...]", as "free=tint --generate.alpha 1".
+
+    Raises:
+        UserError: an unknown method, or an option that names no script that it runs.
+    """
+    head, *words = shlex.split(text)
+    name, _, method = head.rpartition("=")
+    if method not in METHODS:
+        raise UserError(f"--methods {text}: unknown method {method!r}; there are {', '.join(METHODS)}.")
+    own = {
+        "invert": ["--pretrained_model_name_or_path", args.pretrained_model_name_or_path, *shlex.split(args.invert)],
+        "generate": ["--method", method, *shlex.split(args.generate)],
+        "distill": ["--teacher", args.teacher, "--student", args.student, *shlex.split(args.distill)],
+    }
+    if args.teacher_image_size:
+        own["distill"] += ["--teacher_image_size", str(args.teacher_image_size)]
+    if method == "supports":
+        own["distill"].append("--supports_only")
+    script = None
+    for word in words:
+        if word.startswith("--"):
+            script, dot, option = word[2:].partition(".")
+            if script not in METHODS[method] or not dot:
+                raise UserError(f"--methods {text}: {word} should be --SCRIPT.OPTION, of {METHODS[method]}.")
+            own[script].append(f"--{option}")
+        elif script is None:
+            raise UserError(f"--methods {text}: {word!r} belongs to no option.")
+        else:
+            own[script].append(word)
+    arguments, keys, key = {}, {}, digest(method, args.teacher_image_size, backbone(args, method))
+    for script in METHODS[method]:
+        arguments[script] = SCRIPTS[script].parse_args(own[script])
+        if script == "invert" and method == "null_text":  # its prompt has no word to learn
+            arguments[script].max_train_steps = 0
+            arguments[script].plain_prompt = arguments[script].plain_prompt or arguments[script].prompt.split(" of ")[0]
+        settings = settings_of(arguments[script], "seed", "support_dir", "inversion_dir", "train_dir")
+        keys[script] = key = digest(key if script != "invert" else "", settings)
+    return Arm(name or head, method, shlex.join(words), arguments, keys, key)
+
+
+def backbone(args, method):
+    """What tells the weights that an arm starts from: their contents where they lie in a folder, else their name."""
+    names = {"teacher": [args.teacher], "prototypes": [args.student]}.get(method, [args.teacher, args.student])
+    files = [Path(name) / "model.safetensors" for name in names]
+    return [fingerprint([file]) if file.is_file() else name for file, name in zip(files, names)]
+
+
+@contextmanager
+def quiet():
+    """The scripts of an episode keep their bars and messages to themselves; errors are raised."""
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
+def run_script(script, arm, folder, seed, **inputs):
+    """Runs a script, as a function with its own command line, into folder/<script>-<key>, unless that is done.
+
+    Returns:
+        the folder that it wrote, and the seconds that it took.
+    """
+    output_dir = folder / f"{script}-{arm.keys[script]}"
+    done = output_dir / "seconds.json"
+    if not done.is_file():
+        before = time.perf_counter()
+        arguments = vars(arm.arguments[script]) | inputs | {"seed": seed, "output_dir": str(output_dir)}
+        with quiet():
+            SCRIPTS[script].main(type(arm.arguments[script])(**arguments))
+        write_json(done, time.perf_counter() - before)
+    return output_dir, read_json(done)
+
+
+def specialise(arm, folder, seed, load_supports, args, device):
+    """The classifier of an arm in one episode.
+
+    Args:
+        load_supports: gives the supports [S, 3, size, size] of a size.
+    Returns:
+        function of images [B, 3, size, size] in [0, 1] to logits, its size, and {script: seconds}.
+    """
+    seconds, inputs = {}, {"support_dir": str(folder / "support")}
+    if arm.method in ("teacher", "prototypes"):
+        name, size = (args.teacher, args.teacher_image_size) if arm.method == "teacher" else (args.student, None)
+        model = models.load_model(name, image_size=size).to(device)
+        size = models.input_size(model)[0]
+        labels = torch.arange(args.num_ways).repeat_interleave(args.num_shots)
+        return models.PrototypeClassifier(model, load_supports(size).to(device), labels), size, seconds
+    if "invert" in arm.keys:
+        inversion, seconds["invert"] = run_script("invert", arm, folder, seed, **inputs)
+        images, seconds["generate"] = run_script("generate", arm, folder, seed, inversion_dir=str(inversion))
+        inputs["train_dir"] = str(images)
+    student, seconds["distill"] = run_script("distill", arm, folder, seed, **inputs)
+    model = models.load_model(str(student)).to(device)
+    return models.with_head(model), models.input_size(model)[0], seconds
+
+
+def draw(index, dataset, args):
+    """Supports and queries of an episode, each {class name: references}; classes in the order that the scripts see."""
+    order = datasets.draw_episode(dataset, args.num_ways, args.num_shots, args.seed, index)
+    supports = {name: order[name][: args.num_shots] for name in sorted(order)}
+    queries = {name: order[name][args.num_shots :][: args.num_queries] for name in sorted(order)}
+    for name, drawn in queries.items():
+        if len(drawn) < (args.num_queries or 1):
+            raise UserError(f"{name} has only {len(drawn)} images beside the supports: lower --num_queries.")
+    return supports, queries
+
+
+def is_done(record, queries):
+    return bool(record) and all(len(record["correct"][name]) >= len(drawn) for name, drawn in queries.items())
+
+
+def run_episode(index, arms, dataset, args, device):
+    """What is not done yet of one episode: for each arm, which queries of each class it answers rightly."""
+    folder = episode_folder(index, args)
+    supports, queries = draw(index, dataset, args)
+
+    def load(chosen, size):
+        """Images [N, 3, size, size] of {class name: references}."""
+        return torch.stack(
+            [as_tensor(dataset.open(c, r), size) for c, references in chosen.items() for r in references]
+        )
+
+    for arm in arms:
+        record = read_record(folder, arm)
+        correct = record.get("correct", {name: [] for name in queries})
+        if is_done(record, queries):
+            continue
+        if arm.keys and not (folder / "support").is_dir():
+            datasets.write_images(dataset, supports, folder / "support")
+        seed = args.seed * 1_000_000 + index  # each episode has noise of its own
+        classifier, size, seconds = specialise(arm, folder, seed, lambda size: load(supports, size), args, device)
+        before, new = time.perf_counter(), 0
+        for label, name in enumerate(queries):
+            for part in batches(queries[name][len(correct[name]) :], args.batch_size):
+                with torch.no_grad():
+                    answers = classifier(load({name: part}, size).to(device)).argmax(-1)
+                correct[name] += (answers == label).int().tolist()
+                new += len(part)
+        seconds["query"] = (time.perf_counter() - before) / new
+        write_json(folder / f"result-{arm.key}.json", {"correct": correct, "seconds": seconds})
+
+
+def episode_folder(index, args):
+    return Path(args.output_dir) / "episodes" / f"{index:05d}"
+
+
+def batches(items, size):
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def read_record(folder, arm):
+    path = folder / f"result-{arm.key}.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def leave_group():
+    """This process's rank and their number; from here on each computes for itself.
+
+    Episodes need nothing of each other, so the processes do not talk: each does its share, and the one that finishes
+    last writes the results. They may run on several machines that share --output_dir, at different times too.
+    """
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if torch.accelerator.is_available():
+        torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", 0)))
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # LOCAL_WORLD_SIZE stays: cores are still shared
+        os.environ.pop(name, None)
+    return rank, processes
+
+
+def collect(arms, dataset, args):
+    """What results.json says of a finished benchmark, or None while episodes are missing."""
+    correct = {arm.name: [] for arm in arms}
+    seconds = {arm.name: [] for arm in arms}
+    scripts, episodes = [], []
+    for index in range(args.num_episodes):
+        folder, spent = episode_folder(index, args), {}
+        _, queries = draw(index, dataset, args)
+        for arm in arms:
+            record = read_record(folder, arm)
+            if not is_done(record, queries):
+                return None
+            correct[arm.name].append([hit for c, q in queries.items() for hit in record["correct"][c][: len(q)]])
+            seconds[arm.name].append(sum(t for script, t in record["seconds"].items() if script != "query"))
+            spent |= {arm.keys[script]: t for script, t in record["seconds"].items() if script in arm.keys}
+            spent |= {("query", arm.name): record["seconds"]["query"]}
+        scripts.append(spent)
+        episodes.append({"index": index, "classes": list(queries)})
+    per_query = [sum(t for key, t in spent.items() if key[0] == "query") for spent in scripts]
+    methods = {}
+    for arm in arms:
+        hits, counts = [sum(row) for row in correct[arm.name]], [len(row) for row in correct[arm.name]]
+        alpha = getattr(arm.arguments.get("generate"), "alpha", None) if arm.method in ("tint", "null_text") else None
+        methods[arm.name] = {"method": arm.method, "options": arm.options} | {
+            "alpha": alpha[0] if alpha and len(alpha) == 1 else None,
+            **statistics.benchmark_accuracy(hits, counts),
+            "per_episode": [hit / count for hit, count in zip(hits, counts)],
+            "seconds": float(np.mean(seconds[arm.name])),
+        }
+    return {
+        "kind": "benchmark",
+        "dataset": {"name": args.dataset} | {k: vars(args)[k] for k in (*IDENTITY[2:], "num_queries", "num_episodes")},
+        "methods": methods,
+        "paired_differences": [
+            {"a": a, "b": b} | statistics.benchmark_difference(correct[a], correct[b])
+            for a, b in statistics.pairs_of(methods)
+        ],
+        "episodes": episodes,
+        "examples": examples(arms, episode_folder(0, args)),
+        "cost": {
+            "episode_seconds": float(np.mean([sum(spent.values()) for spent in scripts]) - np.mean(per_query)),
+            "query_seconds": float(np.mean(per_query)),
+        },
+    } | provenance(args, OPTIONS)
+
+
+def examples(arms, folder, count=6):
+    """Supports of an episode and what each arm generated from them, for the report."""
+    if not (folder / "support").is_dir():
+        return []
+
+    def first(directory):
+        return [data_uri(load_image(path)) for path in sorted(directory.glob("*.*"))[:count]]
+
+    generating = {a.name: folder / f"generate-{a.keys['generate']}" for a in arms if "generate" in a.keys}
+    return [
+        {
+            "class": path.name,
+            "supports": first(path),
+            "generated": {name: first(images / path.name) for name, images in generating.items()},
+        }
+        for path in sorted((folder / "support").iterdir())
+    ]
+
+
+def evaluate_episodes(args):
+    """Accuracy of each of --methods over the episodes of --dataset: results.json and report.html."""
+    arms = [parse_arm(text, args) for text in args.methods]
+    if len({arm.name for arm in arms}) < len(arms):
+        raise UserError(f"--methods {' '.join(args.methods)}: two have the same name; say NAME=METHOD.")
+    dataset = datasets.load_dataset(args.dataset, args.split, args.dataset_dir)
+    rank, processes = leave_group()
+    accelerator = start(args)
+    output_dir = Path(args.output_dir)
+    identity = {name: vars(args)[name] for name in IDENTITY}
+    if not check_settings(output_dir / "benchmark.json", identity):
+        write_json(output_dir / "benchmark.json", {"settings": identity})
+
+    for index in tqdm(range(rank, args.num_episodes, processes), desc="episodes", disable=rank > 0):
+        run_episode(index, arms, dataset, args, accelerator.device)
+    results = collect(arms, dataset, args)
+    if results is None:
+        print(f"process {rank} has done its share; the one that finishes last writes {output_dir}/results.json")
+        return
+    with suppress(FileNotFoundError):  # another process finished in the same moment and wrote the same
+        write_json(output_dir / "results.json", results)
+        write_report(output_dir / "report.html", results)
+    width = max(map(len, results["methods"]))
+    for name, result in results["methods"].items():
+        print(f"{name:{width}}  {with_interval(result)} %")
+    for pair in results["paired_differences"]:
+        low, high = pair["ci95"]
+        print(f"{pair['a']} - {pair['b']}: {100 * pair['mean']:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]")
+    print(f"{args.num_episodes} episodes; see {output_dir / 'report.html'}")

@@ -1,0 +1,294 @@
+"""report.html: results as one page without scripts or network, for phones, screens and paper.
+
+Plots are SVG, 360 units wide so that their text keeps its size on a phone; pictures are data URIs.
+"""
+
+import base64
+import html
+import io
+import math
+
+import torch
+from torchvision.transforms.v2 import functional as TF
+
+from common.cli import whole_file
+
+STYLE = """
+:root { --ink: #1a1a1a; --soft: #5a6270; --line: #d8dce2; --page: #fff; --mark: #1f5fa8; --band: #9fc0e6 }
+@media (prefers-color-scheme: dark) { @media not print {
+  :root { --ink: #e8eaee; --soft: #a4adbb; --line: #3a414c; --page: #14171c; --mark: #7db4f2; --band: #34537a } } }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 1.5rem auto; padding: 0 1rem; color: var(--ink);
+  background: var(--page) }
+h1, h2, h3 { line-height: 1.25 } code { overflow-wrap: anywhere }
+.wide { overflow-x: auto; margin: .5rem 0 1rem }
+table { border-collapse: collapse } th, td { padding: .25rem .7rem .25rem 0; border-bottom: 1px solid var(--line);
+  text-align: left; vertical-align: top; white-space: nowrap; font-variant-numeric: tabular-nums }
+figure { margin: 1rem 0; break-inside: avoid } figcaption, .soft { color: var(--soft); font-size: .9rem }
+svg { width: 100%; max-width: 34rem; height: auto; display: block } svg text { fill: var(--ink); font-size: 11px }
+.axis { stroke: var(--line); stroke-width: 1 } .mark { fill: var(--mark); stroke: var(--mark) }
+.zero { stroke: var(--ink); stroke-width: 1 }
+.whisker { stroke: var(--mark); stroke-width: 2; fill: none }
+.thin { stroke: var(--mark); fill: none; stroke-width: .7 }
+.pictures img { width: 48px; height: 48px; image-rendering: pixelated; margin: 0 2px 2px 0 }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.5rem, 1fr)); gap: .8rem; padding: 0 }
+.grid figure { margin: 0 } .grid img { width: 64px; height: 64px; image-rendering: pixelated; display: block }
+.confusion span { padding: .1rem .3rem } .confusion td { text-align: right; padding: .15rem .4rem }
+.confusion th { font-weight: 400; font-size: .85rem }
+@media print { tr, figure { break-inside: avoid }
+  body { font-size: 11px; max-width: none } .wide { overflow: visible } }
+"""
+
+
+def percent(value):
+    return f"{100 * value:.1f}"
+
+
+def with_interval(result):
+    return f"{percent(result['mean'])} [{percent(result['ci95'][0])}, {percent(result['ci95'][1])}]"
+
+
+def data_uri(image):
+    """A tensor [3, H, W] in [0, 1], or a PIL image, as the text of a PNG that a page can hold."""
+    if isinstance(image, torch.Tensor):
+        image = TF.to_pil_image(image.mul(255).round().clamp(0, 255).byte())
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def escape(text):
+    return html.escape(str(text))
+
+
+def table(head, rows, kind=""):
+    """Cells are HTML; the first of each row is its heading."""
+    head = "".join(f'<th scope="col">{cell}</th>' for cell in head)
+    body = "".join(
+        f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>' for row in rows
+    )
+    return f'<div class="wide"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def figure(caption, width, height, *parts):
+    return (
+        f'<figure><svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(caption)}">{"".join(parts)}</svg>'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )
+
+
+def line(x1, y1, x2, y2, kind="axis"):
+    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{kind}"/>'
+
+
+def text(x, y, words, anchor="start"):
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
+
+
+def dot(x, y):
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" class="mark"/>'
+
+
+def ticks(low, high, count=5):
+    """Round numbers that enclose [low, high], in steps of 1, 2 or 5 times a power of ten."""
+    raw = max(high - low, 1e-6) / count
+    power = 10 ** math.floor(math.log10(raw))
+    step = power * next(k for k in (1, 2, 5, 10) if k * power >= raw * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [step * k for k in range(first, last + 1)]
+
+
+def interval_plot(caption, rows, zero=False):
+    """Rows (name, mean, low, high), in percent, as points with whiskers on one axis; `zero` shows a line there."""
+    marks = ticks(min([r[2] for r in rows] + [0] * zero), max([r[3] for r in rows] + [0] * zero))
+    left, right, top = 8, 348, 8
+    height = top + 34 * len(rows) + 22
+
+    def x(value):
+        return left + (right - left) * (value - marks[0]) / (marks[-1] - marks[0])
+
+    parts = [line(x(m), top, x(m), height - 18) + text(x(m), height - 5, f"{m:g}", "middle") for m in marks]
+    if zero:
+        parts.append(line(x(0), top, x(0), height - 18, "zero"))
+    for i, (name, mean, low, high) in enumerate(rows):
+        y = top + 34 * i + 24
+        parts += [text(left, y - 11, name), line(x(low), y, x(high), y, "whisker"), dot(x(mean), y)]
+    return figure(caption, 360, height, *parts)
+
+
+def upright_axis(marks, y):
+    return "".join(line(34, y(m), 352, y(m)) + text(30, y(m) + 4, f"{m:g}", "end") for m in marks)
+
+
+def alpha_plot(methods):
+    """Accuracy against alpha with whiskers, where at least two methods have one; else nothing."""
+    rows = sorted((m["alpha"], *(100 * v for v in (m["mean"], *m["ci95"]))) for m in methods if m["alpha"] is not None)
+    if len(rows) < 2:
+        return ""
+    marks = ticks(min(r[2] for r in rows), max(r[3] for r in rows))
+
+    def y(value):
+        return 186 - 170 * (value - marks[0]) / (marks[-1] - marks[0])
+
+    parts = [upright_axis(marks, y)]
+    for alpha, mean, low, high in rows:
+        x = 50 + 290 * alpha
+        parts += [line(x, y(low), x, y(high), "whisker"), dot(x, y(mean)), text(x, 204, f"{alpha:g}", "middle")]
+    return "<h2>Accuracy against alpha</h2>" + figure(
+        "Accuracy in percent at each alpha, 95% intervals", 360, 210, *parts
+    )
+
+
+def episode_plot(methods):
+    """Each episode a thin line across the methods: parallel lines are easy and hard episodes, slopes are methods."""
+    names, columns = list(methods), [m["per_episode"] for m in methods.values()]
+    if len(names) < 2:
+        return ""
+    values = [100 * v for column in columns for v in column]
+    marks = ticks(min(values), max(max(values), min(values) + 1))
+    xs = [48 + 290 * i / (len(names) - 1) for i in range(len(names))]
+
+    def y(value):
+        return 226 - 210 * (value - marks[0]) / (marks[-1] - marks[0])
+
+    opacity = max(0.08, min(0.7, 12 / len(columns[0])))
+    parts = [upright_axis(marks, y)]
+    for episode in zip(*columns):
+        points = " ".join(f"{x:.1f},{y(100 * v):.1f}" for x, v in zip(xs, episode))
+        parts.append(f'<polyline points="{points}" class="thin" style="opacity:{opacity:.2f}"/>')
+    for i, (x, name) in enumerate(zip(xs, names)):
+        parts += [dot(x, y(100 * methods[name]["mean"])), text(x, 242, i + 1, "middle")]
+    legend = ", ".join(f"{i + 1} {name}" for i, name in enumerate(names))
+    caption = f"Accuracy in percent: a line is an episode, a point a method's mean ({legend})"
+    return "<h2>Episode by episode</h2>" + figure(caption, 360, 248, *parts)
+
+
+def calibration_plot(name, method):
+    """Accuracy against confidence of each bin; the area of a point is the number of images."""
+    parts = [line(40, 20, 40, 220), line(40, 220, 340, 220), line(40, 220, 340, 20)]
+    for k in (0, 50, 100):
+        parts += [text(40 + 3 * k, 234, k, "middle"), text(34, 224 - 2 * k, k, "end")]
+    largest = max(row["count"] for row in method["calibration"])
+    for row in method["calibration"]:
+        if row["count"]:
+            x, y, r = 40 + 300 * row["confidence"], 220 - 200 * row["accuracy"], 2 + 8 * (row["count"] / largest) ** 0.5
+            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{r:.1f}" class="mark" style="opacity:.75"/>')
+    caption = f"{name}: accuracy against confidence, in percent. Expected calibration error {percent(method['ece'])}"
+    return figure(caption, 360, 240, *parts)
+
+
+def confusion_table(confusion):
+    """Rows are the truth; a cell is as dark as its share of the row."""
+    rows = []
+    for name, counts in zip(confusion["rows"], confusion["counts"]):
+        total = max(1, sum(counts))
+        cells = [
+            f'<span style="background:color-mix(in srgb, var(--band) {share}%, transparent)">{count or "·"}</span>'
+            for count, share in ((count, 100 * count // total) for count in counts)
+        ]
+        rows.append([escape(name), *cells])
+    return table(["truth \\ answer", *map(escape, confusion["columns"])], rows, "confusion")
+
+
+def paired_section(pairs, words):
+    if not pairs:
+        return ""
+    rows = [(f"{p['a']} − {p['b']}", *(100 * v for v in (p["mean"], *p["ci95"]))) for p in pairs]
+    cells = [[escape(name), f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"] for name, mean, low, high in rows]
+    plot = interval_plot("Differences in percentage points, 95% intervals", rows, zero=True)
+    return f"<h2>Paired differences</h2><p>{words}</p>" + table(["", "points"], cells) + plot
+
+
+def accuracy_plot(methods):
+    rows = [(name, *(100 * v for v in (m["mean"], *m["ci95"]))) for name, m in methods.items()]
+    return interval_plot("Accuracy in percent, 95% intervals", rows)
+
+
+def benchmark_page(results):
+    """Title and body of a benchmark over episodes."""
+    methods, d, cost = results["methods"], results["dataset"], results["cost"]
+    queries = "all other images" if d["num_queries"] is None else f"{d['num_queries']} queries a class"
+    title = f"{d['name']}: {d['num_ways']}-way {d['num_shots']}-shot"
+
+    def share(value, form):
+        return "not known" if value is None else form(value)
+
+    rows = [
+        [
+            escape(name), with_interval(m), share(m["s2"], "{:.5f}".format), share(m["episode_share"], "{:.0%}".format),
+            f"{m['seconds']:.1f}", escape(f"{m['method']} {m['options']}"),
+        ]
+        for name, m in methods.items()
+    ]  # fmt: skip
+    head = ["method", "accuracy, %", "s² over episodes", "variance from episodes", "seconds an episode", "what it is"]
+    body = (
+        f"<p>{d['num_episodes']} episodes of {escape(d['split'])} classes, {queries}, seed {d['seed']}. Means over "
+        "episodes, with 95% intervals for new episodes of the same kind; they hold the spread between episodes and "
+        f"that between queries.</p>{table(head, rows)}{accuracy_plot(methods)}"
+        f'<p class="soft">An episode of all methods together took {cost["episode_seconds"]:.3g} s, and '
+        f"{cost['query_seconds']:.3g} s more for each query.</p>"
+        + paired_section(
+            results["paired_differences"], "On the same queries of the same episodes, in percentage points."
+        )
+        + episode_plot(methods)
+        + alpha_plot(methods.values())
+    )
+    if results["examples"]:
+        rows = []
+        for example in results["examples"]:
+            columns = {"supports": example["supports"], **example["generated"]}
+            pictures = ["".join(f'<img src="{uri}" alt="">' for uri in uris) for uris in columns.values()]
+            rows.append([escape(example["class"]), *pictures])
+        body += "<h2>Supports and what was generated of them</h2><p>Episode 0.</p>" + table(
+            ["class", *map(escape, columns)], rows, "pictures"
+        )
+    return title, body
+
+
+def accuracy_page(results):
+    """Title and body of models measured on one folder."""
+    methods, classes = results["methods"], results["classes"]
+    rows = [[escape(n), with_interval(m), m["classifier"], percent(m["ece"])] for n, m in methods.items()]
+    body = (
+        f"<p>{results['num_images']} images of {len(classes)} classes from <code>{escape(results['data_dir'])}</code>. "
+        "Accuracy in percent with 95% intervals for new images of these classes (Wilson).</p>"
+        + table(["model", "accuracy, %", "classifies by", "calibration error, %"], rows)
+        + accuracy_plot(methods)
+        + paired_section(results["paired_differences"], "On the same images, in percentage points.")
+        + "<h2>Per class</h2>"
+        + table(
+            ["class", *map(escape, methods)],
+            [[escape(c), *(with_interval(m["per_class"][c]) for m in methods.values())] for c in classes],
+        )
+    )
+    for name, method in methods.items():
+        worst = "".join(
+            f'<figure><img src="{w["image"]}" alt=""><figcaption>{escape(w["truth"])}, called {escape(w["answer"])}: '
+            f"{w['confidence']:.0%}<br>{escape(w['file'])}</figcaption></figure>"
+            for w in method["worst"]
+        )
+        body += (
+            f"<h2>{escape(name)}</h2><h3>Confusion</h3>{confusion_table(method['confusion'])}"
+            f"<h3>Calibration</h3>{calibration_plot(name, method)}"
+            f'<h3>Most confident mistakes</h3><div class="grid">{worst or "none"}</div>'
+        )
+    return "Accuracy", body
+
+
+def write_report(path, results):
+    """Writes the page of results.json, of either kind.
+
+    Args:
+        results: what evaluate.py puts into results.json; its "kind" is "benchmark" or "accuracy".
+    """
+    title, body = {"benchmark": benchmark_page, "accuracy": accuracy_page}[results["kind"]](results)
+    settings = [[escape(k), f"<code>{escape(v)}</code>"] for k, v in results["settings"].items() if v not in (None, "")]
+    versions = ", ".join(f"{escape(k)} {escape(v)}" for k, v in results["versions"].items())
+    page = (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<style>{STYLE}</style>\n</head>\n<body>\n"
+        f"<h1>{escape(title)}</h1>\n{body}\n<h2>To repeat it</h2><p><code>{escape(results['command'])}</code></p>"
+        f'{table(["option", "value"], settings)}<p class="soft">{versions}</p>\n</body>\n</html>\n'
+    )
+    with whole_file(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")

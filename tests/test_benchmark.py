@@ -1,0 +1,154 @@
+"""Benchmarks over episodes: what is shared, kept, extended and divided, and that a folder gives the same accuracy."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+import evaluate
+from common.cli import UserError
+from tests.conftest import ACCELERATE, PYTHON, ROOT, TWO_PROCESSES, launch
+
+EPISODES = ("evaluate.py", "--dataset", "icons_fs", "--split", "val", "--num_ways", 2, "--num_shots", 2)
+LITTLE = (
+    "--invert", "--max_train_steps 3 --validation_samples 2 --num_inference_steps 3 --null_text_steps 1",
+    "--generate", "--num_images_per_class 3", "--distill", "--max_train_steps 3 --train_batch_size 4",
+)  # fmt: skip
+
+
+def results_of(folder):
+    return json.loads((Path(folder) / "results.json").read_text())
+
+
+def files_of(folder, pattern):
+    """{path: time of its last change}"""
+    return {path: path.stat().st_mtime_ns for path in sorted(Path(folder).glob(pattern))}
+
+
+def test_a_benchmark_grows_by_what_is_new_only(tmp_path):
+    """First two arms, then more queries, episodes and arms: what was there is neither changed nor made again."""
+    base = (*EPISODES, "--output_dir", tmp_path, *LITTLE)
+    launch(*base, "--num_episodes", 1, "--num_queries", 4, "--methods", "prototypes", "tint", by=ACCELERATE)
+    first, made = results_of(tmp_path), files_of(tmp_path, "episodes/*/*/**/*.*")
+    records = {p: json.loads(p.read_text()) for p in (tmp_path / "episodes" / "00000").glob("result-*.json")}
+    assert len(records) == 2 and len(list(tmp_path.glob("episodes/00000/invert-*"))) == 1
+
+    arms = ("prototypes", "tint", "free=tint --generate.alpha 1", "words=textual_inversion", "supports", "teacher")
+    launch(*base, "--num_episodes", 2, "--num_queries", 6, "--methods", *arms)
+    now = files_of(tmp_path, "episodes/*/*/**/*.*")
+    assert {path: now[path] for path in made} == made  # nothing was made again
+    for folder in (tmp_path / "episodes").iterdir():
+        scripts = [path.name.partition("-")[0] for path in folder.iterdir() if path.is_dir()]
+        assert {s: scripts.count(s) for s in scripts} == {"support": 1, "invert": 1, "generate": 3, "distill": 4}
+    for path, before in records.items():
+        after = json.loads(path.read_text())["correct"]
+        assert {name: hits[:4] for name, hits in after.items()} == before["correct"]
+        assert all(len(hits) == 6 for hits in after.values())
+    results = results_of(tmp_path)
+    assert list(results["methods"]) == ["prototypes", "tint", "free", "words", "supports", "teacher"]
+    assert results["methods"]["tint"]["num_queries"] == 2 * 2 * 6
+    assert results["episodes"][0] == first["episodes"][0]
+    assert len(results["paired_differences"]) == 15
+    assert len(results["examples"]) == 2 and set(results["examples"][0]["generated"]) == {"tint", "free", "words"}
+    assert (tmp_path / "report.html").is_file()
+
+    _, error = launch(*base, "--seed", 1, "--methods", "teacher", code=2)
+    assert "benchmark.json" in error and "seed: 0 then, 1 now" in error
+
+
+def test_two_processes_and_a_killed_run_give_the_same(tmp_path):
+    """One process, two, and one that was killed in between: the same answers of every arm to every query."""
+    options = ("--num_episodes", 4, "--num_queries", "all", "--methods", "teacher", "prototypes", "supports", *LITTLE)
+    launch(*EPISODES, "--output_dir", tmp_path / "one", *options)
+    launch(*EPISODES, "--output_dir", tmp_path / "two", *options, by=TWO_PROCESSES)
+
+    killed = tmp_path / "killed"
+    command = [*PYTHON, *map(str, (*EPISODES, "--output_dir", killed, *options))]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, env=dict(os.environ, PYTHONPATH=str(ROOT)))
+    for _ in range(1200):
+        if list(killed.glob("episodes/00001/distill-*")) or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not (killed / "results.json").exists()
+    before = files_of(killed, "episodes/00000/result-*.json")
+    assert len(before) == 3
+    launch(*EPISODES, "--output_dir", killed, *options)
+    assert files_of(killed, "episodes/00000/result-*.json") == before
+
+    one = results_of(tmp_path / "one")
+    for other in ("two", "killed"):
+        other = results_of(tmp_path / other)
+        assert other["episodes"] == one["episodes"]
+        for name, method in one["methods"].items():
+            assert other["methods"][name]["per_episode"] == pytest.approx(method["per_episode"], abs=0.011), name
+
+
+def test_an_episode_as_folders_gives_the_same_accuracy(tmp_path):
+    """The same episode written as image folders and measured there, by another code path."""
+    same = ("--split", "val", "--num_ways", 3, "--num_shots", 2, "--seed", 5)
+    launch("evaluate.py", "--dataset", "icons_fs", *same, "--num_episodes", 1, "--num_queries", "all",
+           "--methods", "teacher", "prototypes", "--output_dir", tmp_path / "benchmark")  # fmt: skip
+    launch("-m", "common.datasets", *same, "--episode", 0, "--output_dir", tmp_path)
+    launch("evaluate.py", "--data_dir", tmp_path / "query", "--support_dir", tmp_path / "support",
+           "--model", "teacher=assets/teacher", "prototypes=assets/student",
+           "--output_dir", tmp_path / "folder")  # fmt: skip
+    benchmark, folder = results_of(tmp_path / "benchmark"), results_of(tmp_path / "folder")
+    assert benchmark["episodes"][0]["classes"] == folder["classes"]
+    for name, method in folder["methods"].items():
+        assert benchmark["methods"][name]["mean"] == pytest.approx(method["mean"])
+        assert benchmark["methods"][name]["ci95"] == pytest.approx(method["ci95"])  # one episode: both are Wilson's
+
+
+def test_planning_from_a_pilot(tmp_path, capsys):
+    """The plan of a pilot's results, of numbers, and what is refused."""
+    launch(*EPISODES, "--num_episodes", 4, "--methods", "teacher", "prototypes", "--output_dir", tmp_path)
+    output, _ = launch("evaluate.py", "--plan", "--pilot", tmp_path / "results.json", "--method", "teacher",
+                       "--half_width", 0.05, "--output_dir", tmp_path / "plan")  # fmt: skip
+    assert "customary" in output and "teacher, 4 episodes" in output
+
+    def plan(*options):
+        evaluate.main(evaluate.parse_args(["--plan", "--output_dir", str(tmp_path / "plan"), *map(str, options)]))
+        return json.loads((tmp_path / "plan" / "plan.json").read_text())
+
+    numbers = ("--accuracy", 0.9, "--episode_variance", 0.0025, "--episode_seconds", 100, "--query_seconds", 0.1)
+    found = plan(*numbers, "--half_width", 0.01)
+    best = found["plan"]
+    assert best["half_width"] <= 0.01 and best["seconds"] < found["customary"]["seconds"]
+    episodes, queries = best["num_episodes"], best["num_queries"]
+    variance = 0.0025 / episodes + (0.9 - 0.81 - 0.0025) / (episodes * queries)  # theorem 1, by hand
+    assert best["half_width"] == pytest.approx(1.96 * variance**0.5, rel=0.02)
+    again = plan(*numbers, "--budget_seconds", best["seconds"])["plan"]
+    assert again["half_width"] == pytest.approx(best["half_width"], rel=1e-3)
+
+    for options, message in [
+        ((), "needs one of --half_width and --budget_seconds"),
+        (("--half_width", 0.01), "--plan needs --pilot"),
+        (("--half_width", 0.01, "--pilot", tmp_path / "none.json"), "no such file"),
+        (("--half_width", 0.01, "--pilot", tmp_path / "results.json", "--method", "tint"), "has teacher, prototypes"),
+        (("--budget_seconds", 10, *numbers), "do not pay for two episodes"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            plan(*options)
+
+
+def test_bad_methods_are_refused(tmp_path, capsys):
+    def refused(method, *options):
+        argv = [*map(str, EPISODES[1:]), "--output_dir", str(tmp_path), "--methods", method, *options]
+        with pytest.raises((UserError, SystemExit)) as error:
+            evaluate.main(evaluate.parse_args(argv))
+        return str(error.value) + capsys.readouterr().err
+
+    for method, message in [
+        ("dreambooth", "unknown method"),
+        ("tint --alpha 1", "--SCRIPT.OPTION"),
+        ("teacher --distill.temperature 2", "--SCRIPT.OPTION"),
+        ("tint tint", "belongs to no option"),
+        ("tint --generate.alphabet 1", "unrecognized arguments: --alphabet"),
+    ]:
+        assert message in refused(method)
+    assert "lower --num_queries" in refused("teacher", "--num_queries", "1000")
