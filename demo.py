@@ -108,11 +108,11 @@ def main(args):
     print(f"pictures: {root}/generated/grid.png, {root}/inversion/*/reconstruction.png, {root}/evaluation/report.html")
 
 
-def parse_args():
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--output_dir", default="outputs/demo", help="folder to write to")
     parser.add_argument("--seed", type=natural_int, default=0, help="seed of the episode and of everything random")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

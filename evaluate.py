@@ -312,7 +312,7 @@ def parse_args(argv=None):
     add("--episode_variance", type=float, help="variance s2 of the accuracy over episodes; default: the pilot's")
     add("--episode_seconds", type=float, help="cost of an episode without queries; default: the pilot's")
     add("--query_seconds", type=float, help="cost of a query; default: the pilot's")
-    add("--half_width", type=float, help="wanted half-width of the 95% interval, as 0.01 for one point")
+    add("--half_width", type=float, help="wanted half-width of the 95%% interval, as 0.01 for one point")
     add("--budget_seconds", type=float, help="time to spend")
     add("--max_queries", type=positive_int, help="queries that an episode can have, of all its classes together")
     return parser.parse_args(argv)

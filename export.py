@@ -249,7 +249,7 @@ def main(args):
     accelerator.end_training()
 
 
-def parse_args():
+def parse_args(argv=None):
     parser = argument_parser(__doc__, "outputs/demo/export")
     add = parser.add_argument
     add("--model", default="outputs/demo/student", help="the student's folder")
@@ -268,7 +268,7 @@ def parse_args():
     add("--teacher_image_size", type=positive_int, help="the teacher's input side; default: its own")
     add("--batch_size", type=positive_int, nargs="+", default=[1], help="batch sizes to time")
     add("--workspace_mib", type=positive_int, default=1024, help="TensorRT's workspace limit in MiB")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

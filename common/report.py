@@ -19,7 +19,7 @@ STYLE = """
   :root { --ink: #e8eaee; --soft: #a4adbb; --line: #3a414c; --page: #14171c; --mark: #7db4f2; --band: #34537a } } }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 1.5rem auto; padding: 0 1rem; color: var(--ink);
   background: var(--page) }
-h1, h2, h3 { line-height: 1.25 } code { overflow-wrap: anywhere }
+h1, h2, h3 { line-height: 1.25 } code { overflow-wrap: anywhere } td code { white-space: normal }
 .wide { overflow-x: auto; margin: .5rem 0 1rem }
 table { border-collapse: collapse } th, td { padding: .25rem .7rem .25rem 0; border-bottom: 1px solid var(--line);
   text-align: left; vertical-align: top; white-space: nowrap; font-variant-numeric: tabular-nums }
@@ -215,7 +215,7 @@ def benchmark_page(results):
     rows = [
         [
             escape(name), with_interval(m), share(m["s2"], "{:.5f}".format), share(m["episode_share"], "{:.0%}".format),
-            f"{m['seconds']:.1f}", escape(f"{m['method']} {m['options']}"),
+            f"{m['seconds']:.1f}", f"<code>{escape(m['method'])} {escape(m['options'])}</code>",
         ]
         for name, m in methods.items()
     ]  # fmt: skip

@@ -78,8 +78,9 @@ def benchmark_accuracy(hits, counts):
     episodes' accuracies do, a_hat (1 - a_hat) P / Var(a_p), and Student's quantile for P - 1 degrees of freedom. Where
     episodes happen to vary less than single queries alone would make them, the latter counts. In simulated benchmarks
     it covers a in 93 to 97%, except where there are fewer than some eight wrong answers in all (more than 97%: it is
-    too wide), and where few episodes' accuracies crowd at 1 with a long tail (down to 92%). One episode shows the
-    spread of its queries only: the interval is then Wilson's own, and speaks of that episode.
+    too wide), and where most episodes are faultless and a few are bad, which no small sample shows (accuracies of
+    0.95 +- 0.1: 85% for 10 episodes, 89% for 20, 94% for 100). One episode shows the spread of its queries only: the
+    interval is then Wilson's own, and speaks of that episode.
 
     Args:
         hits, counts: right answers and queries of each episode [P].

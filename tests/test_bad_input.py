@@ -8,6 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
+import demo
+import distill
+import evaluate
+import export
+import tint_generate
+import tint_invert
 from common import icons_fs
 from common.cli import run
 from tests.conftest import ROOT, launch
@@ -32,6 +38,17 @@ def rejected(*command):
 
 def invert(folder, *options):
     return rejected("tint_invert.py", "--support_dir", folder / "support", "--output_dir", folder / "out", *options)
+
+
+@pytest.mark.parametrize("script", [tint_invert, tint_generate, distill, evaluate, export, demo])
+def test_help_explains_every_option(script, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script.parse_args(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and script.__doc__.splitlines()[0] in text
+    for option in text.split("\n  --")[1:]:
+        name, _, explanation = " ".join(option.split()).partition("  ")[0].partition(" ")
+        assert len(explanation.split()) > 2, f"--{name} has no help"
 
 
 def test_missing_support_folder(tmp_path):
