@@ -82,7 +82,9 @@ def starting_point(rows, folders, pipe, prompt_embeds, empty, args):
     files = [folders[row["label"]]["null_text"] for row in rows]
     z_T = torch.stack([file.get_slice("latents")[row["support"]] for file, row in zip(files, rows)])
     null = torch.stack([file.get_slice("null_embeddings")[row["support"]] for file, row in zip(files, rows)])
-    return blend(z_T, noise, torch.tensor([row["alpha"] for row in rows])), prompt_embeds, null
+    alpha = torch.tensor([row["alpha"] for row in rows])
+    share = (1 - args.null_text_fade * alpha).clamp(min=0)[:, None, None, None]
+    return blend(z_T, noise, alpha), prompt_embeds, torch.lerp(empty.expand_as(null), null, share)
 
 
 def generate(rows, folders, pipe, schedule, prompt_embeds, empty, device, args):
@@ -156,6 +158,8 @@ def save_overview(rows, folders, args, columns=24):
 def main(args):
     if any(not 0 <= alpha <= 1 for alpha in args.alpha):
         raise UserError(f"--alpha {args.alpha}: must lie between 0 and 1.")
+    if args.null_text_fade < 0:
+        raise UserError(f"--null_text_fade {args.null_text_fade}: must be 0 or more.")
     folders = open_inversions(args)
     inverted = next(iter(folders.values()))["settings"]
     model = args.pretrained_model_name_or_path or inverted["pretrained_model_name_or_path"]
@@ -232,6 +236,13 @@ def parse_args(argv=None):
         choices=["tint", "textual_inversion", "null_text"],
         default="tint",
         help="tint: the paper; textual_inversion: learned word, fresh noise; null_text: no learned word",
+    )
+    add(
+        "--null_text_fade",
+        type=float,
+        default=0.0,
+        help="how fast a support's null-text gives way to the empty prompt, its share being 1 - fade * alpha, at least "
+        "0; 0: it never does (the paper)",
     )
     add("--guidance_scale", type=float, help="guidance scale w; default: the one inverted with")
     add("--image_size", type=positive_int, help="side of the images written; default: the support images' side")

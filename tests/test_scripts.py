@@ -112,6 +112,8 @@ def test_the_methods_start_from_what_they_say(run_dir, tmp_path):
     # At alpha 1 all three start from the same noise and differ by prompt and null-text alone.
     for a, b in (("tint", "textual_inversion"), ("tint", "null_text"), ("textual_inversion", "null_text")):
         assert (made[a] - made[b]).abs().mean() > 0.003
+    generate(run_dir, tmp_path / "faded", "--num_images_per_class", 2, "--alpha", 1, "--null_text_fade", 1)
+    assert (load_folder(tmp_path / "faded")[0] - made["textual_inversion"]).abs().max() < 0.02  # no null-text is left
     rows = [json.loads(line) for line in (tmp_path / "textual_inversion" / "metadata.jsonl").read_text().splitlines()]
     assert "alpha" not in rows[0] and "support_image" not in rows[0]
 
@@ -262,7 +264,7 @@ def test_null_text_inversion_at_the_default_settings_reconstructs(tmp_path):
     assert len(records) == 5
     assert psnr["null_text"] > psnr["vae"] - 1
     assert psnr["null_text"] > psnr["ddim"] + 3
-    # Textual inversion has learned: on fixed noise and timesteps, every class's loss is below that of its first word.
+    # Textual inversion has learned: on fixed noise and timesteps, every class's loss is below that of its own name.
     curves = [[loss for _, loss in r["textual_inversion_loss"]] for r in records]
     assert all(curve[-1] < curve[0] for curve in curves)
-    assert np.mean([curve[-1] for curve in curves]) < 0.98 * np.mean([curve[0] for curve in curves])
+    assert np.mean([curve[-1] for curve in curves]) < 0.995 * np.mean([curve[0] for curve in curves])
