@@ -1,7 +1,8 @@
 """Makes new images of each class that tint_invert.py has inverted (TINT, Landolsi and Kahl, 2406.03146).
 
 A support image's inverted latent is blended with noise and denoised with the learned word and that image's own
-null-text embeddings: alpha 0 gives the image back, alpha 1 a free sample of the class.
+null-text embeddings, which give way to the empty prompt as alpha grows (--null_text_fade 0: they never do, as in the
+paper): alpha 0 gives the image back, alpha 1 a free sample of the class.
 
     accelerate launch tint_generate.py --inversion_dir outputs/demo/inversion --num_images_per_class 100
 """
@@ -240,7 +241,7 @@ def parse_args(argv=None):
     add(
         "--null_text_fade",
         type=float,
-        default=0.0,
+        default=2.0,
         help="how fast a support's null-text gives way to the empty prompt, its share being 1 - fade * alpha, at least "
         "0; 0: it never does (the paper)",
     )

@@ -315,17 +315,17 @@ def save_tensors(path, tensors):
 
 
 def initial_vector(pipe, name, args):
-    """The embedding [D] that a class's vectors start from, and its word: --initializer_token, by default the class
-    name where the tokenizer knows it as one token, else --fallback_token."""
-    for word in (args.initializer_token, name.replace("-", " ").replace("_", " "), args.fallback_token):
-        if word is None:
-            continue
-        ids = pipe.tokenizer(word, add_special_tokens=False).input_ids
-        if len(ids) == 1:
-            return pipe.text_encoder.get_input_embeddings().weight[ids[0]].detach().clone(), word
-        if word == args.initializer_token:
-            raise UserError(f"--initializer_token {word!r} is {len(ids)} tokens to this model: give a single one.")
-    raise UserError(f"--fallback_token {word!r} is {len(ids)} tokens to this model: give a single one.")
+    """The embedding [D] that a class's vectors start from, and its words: those of --initializer_token, by default
+    those of the class name that the tokenizer knows as one token, else --fallback_token's. Of several words the mean."""
+    for option in ("initializer_token", None, "fallback_token"):
+        text = getattr(args, option) if option else name.replace("-", " ").replace("_", " ")
+        ids = {w: pipe.tokenizer(w, add_special_tokens=False).input_ids for w in (text or "").split()}
+        words = [word for word in ids if len(ids[word]) == 1]
+        if option and text is not None and (not words or len(words) < len(ids)):
+            raise UserError(f"--{option} {text!r}: give words that this model's tokenizer knows as one token each.")
+        if words:
+            rows = [ids[word][0] for word in words]
+            return pipe.text_encoder.get_input_embeddings().weight[rows].detach().mean(0), " ".join(words)
 
 
 def main(args):
@@ -400,8 +400,8 @@ def parse_args(argv=None):
     add("--plain_prompt", help="also invert with this prompt, without the learned word (generation's null_text method)")
     group = parser.add_argument_group("textual inversion").add_argument
     group("--num_vectors", type=positive_int, default=1, help="vectors of a learned word")
-    group("--initializer_token", help="word to start from; default: the class name where it is one token")
-    group("--fallback_token", default="object", help="word to start from where the class name is not one token")
+    group("--initializer_token", help="word or words to start from; default: those of the class name")
+    group("--fallback_token", default="object", help="the same where the tokenizer knows none of them")
     group("--max_train_steps", type=natural_int, default=5000, help="steps of optimisation")
     group("--train_batch_size", type=positive_int, default=1, help="noisy latents a class and step")
     group("--learning_rate", type=float, default=1e-3, help="AdamW's learning rate")

@@ -27,7 +27,9 @@ KINDS = {  # options of tint_generate.py
     "TINT, alpha 0.3": "--alpha 0.3",
     "TINT, alpha 0.5": "--alpha 0.5",
     "TINT, alpha 0.7": "--alpha 0.7",
-    "TINT, alpha 0.5, null-text faded": "--alpha 0.5 --null_text_fade 2",
+    "TINT, alpha 0.3, null-text not faded": "--alpha 0.3 --null_text_fade 0",
+    "TINT, alpha 0.5, null-text not faded": "--alpha 0.5 --null_text_fade 0",
+    "TINT, alpha 0.7, null-text not faded": "--alpha 0.7 --null_text_fade 0",
 }
 
 

@@ -136,15 +136,17 @@ def specialise(arm, folder, seed, load_supports, args, device):
     Args:
         load_supports: gives the supports [S, 3, size, size] of a size.
     Returns:
-        function of images [B, 3, size, size] in [0, 1] to logits, its size, and {script: seconds}.
+        function of images [B, 3, size, size] in [0, 1] to logits, its size, and {script, or "prototypes": seconds}.
     """
     seconds, inputs = {}, {"support_dir": str(folder / "support")}
     if arm.method in ("teacher", "prototypes"):
+        before = time.perf_counter()
         name, size = (args.teacher, args.teacher_image_size) if arm.method == "teacher" else (args.student, None)
         model = models.load_model(name, image_size=size).to(device)
         size = models.input_size(model)[0]
         labels = torch.arange(args.num_ways).repeat_interleave(args.num_shots)
-        return models.PrototypeClassifier(model, load_supports(size).to(device), labels), size, seconds
+        classifier = models.PrototypeClassifier(model, load_supports(size).to(device), labels)
+        return classifier, size, {"prototypes": time.perf_counter() - before}
     if "invert" in arm.keys:
         inversion, seconds["invert"] = run_script("invert", arm, folder, seed, **inputs)
         images, seconds["generate"] = run_script("generate", arm, folder, seed, inversion_dir=str(inversion))
@@ -241,8 +243,7 @@ def collect(arms, dataset, args):
                 return None
             correct[arm.name].append([hit for c, q in queries.items() for hit in record["correct"][c][: len(q)]])
             seconds[arm.name].append(sum(t for script, t in record["seconds"].items() if script != "query"))
-            spent |= {arm.keys[script]: t for script, t in record["seconds"].items() if script in arm.keys}
-            spent |= {("query", arm.name): record["seconds"]["query"]}
+            spent |= {arm.keys.get(what, (what, arm.name)): t for what, t in record["seconds"].items()}
         scripts.append(spent)
         episodes.append({"index": index, "classes": list(queries)})
     per_query = [sum(t for key, t in spent.items() if key[0] == "query") for spent in scripts]

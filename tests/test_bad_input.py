@@ -100,7 +100,7 @@ def test_pickled_weights_are_refused(folder):
 
 def test_unknown_initializer_token(folder):
     err = invert(folder, "--initializer_token", "hippopotamus", "--max_train_steps", 0)
-    assert "--initializer_token 'hippopotamus' is" in err
+    assert "--initializer_token 'hippopotamus': give words" in err
 
 
 def test_generation_without_inversion(folder):

@@ -8,6 +8,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
@@ -107,7 +108,8 @@ def test_images_do_not_depend_on_batch_size_processes_or_restarts(run_dir, tmp_p
 def test_the_methods_start_from_what_they_say(run_dir, tmp_path):
     made = {}
     for method in ("tint", "textual_inversion", "null_text"):
-        generate(run_dir, tmp_path / method, "--num_images_per_class", 2, "--alpha", 1, "--method", method)
+        generate(run_dir, tmp_path / method, "--num_images_per_class", 2, "--alpha", 1, "--method", method,
+                 "--null_text_fade", 0)  # fmt: skip
         made[method] = load_folder(tmp_path / method)[0]
     # At alpha 1 all three start from the same noise and differ by prompt and null-text alone.
     for a, b in (("tint", "textual_inversion"), ("tint", "null_text"), ("textual_inversion", "null_text")):
@@ -123,10 +125,15 @@ def test_inversion_does_not_depend_on_batching_or_processes(run_dir, tmp_path):
     launch("tint_invert.py", *options, "--output_dir", tmp_path, "--class_batch_size", 1,
            "--null_text_batch_size", 1, by=TWO_PROCESSES)  # fmt: skip
     for name in classes_of(run_dir):
+        folders = tmp_path / name, run_dir / "inversion" / name
         for file in ("learned_embeds", "null_text"):
-            ours, reference = (load_file(d / name / f"{file}.safetensors") for d in (tmp_path, run_dir / "inversion"))
+            ours, reference = (load_file(folder / f"{file}.safetensors") for folder in folders)
             for key in reference:
-                torch.testing.assert_close(ours[key], reference[key], rtol=0.01, atol=0.01)
+                difference = (ours[key] - reference[key]).abs()
+                # Adam's first steps follow the sign of a gradient, even of one that is no more than rounding.
+                assert difference.mean() < 1e-3 and difference.max() < (0.1 if key == "null_embeddings" else 0.01), key
+        psnr = [json.loads((f / "inversion.json").read_text())["reconstruction_psnr_db"]["null_text"] for f in folders]
+        assert psnr[0] == pytest.approx(psnr[1], abs=0.05)
 
 
 def test_a_second_run_changes_nothing_and_other_settings_are_refused(run_dir):
@@ -208,7 +215,13 @@ def test_evaluation_counts_right_answers(run_dir, tmp_path):
     assert np.sum(found["confusion"]["counts"]) == len(labels)
     assert np.trace(found["confusion"]["counts"]) == correct.sum()
     assert results["methods"]["onnx"]["correct"] == found["correct"]
-    assert results["methods"]["before"]["mean"] > 0.6  # two classes; chance is 0.5
+    before, support = models.load_model("assets/student"), load_folder(run_dir / "support")
+    with torch.no_grad():
+        f, q = (models.features(before, x).double() for x in (support[0], images))
+    center = f.mean(0)
+    prototypes = [F.normalize(f[support[1] == c] - center).mean(0) for c in range(2)]
+    cosine = torch.stack([F.cosine_similarity(q - center, p[None]) for p in prototypes], 1)
+    assert results["methods"]["before"]["correct"] == (cosine.argmax(1) == labels).int().tolist()
     assert [m["classifier"] for m in results["methods"].values()] == ["head", "head", "prototypes"]
     report = (tmp_path / "report.html").read_text()
     assert all(name in report for name in ("student", "onnx", "before", *names)) and "http" not in report
