@@ -315,8 +315,8 @@ def save_tensors(path, tensors):
 
 
 def initial_vector(pipe, name, args):
-    """The embedding [D] that a class's vectors start from, and its words: those of --initializer_token, by default
-    those of the class name that the tokenizer knows as one token, else --fallback_token's. Of several words the mean."""
+    """The embedding [D] that a class's vectors start from, and its words: those of --initializer_token, else those
+    of the class name that the tokenizer knows as one token, else --fallback_token's. Of several words the mean."""
     for option in ("initializer_token", None, "fallback_token"):
         text = getattr(args, option) if option else name.replace("-", " ").replace("_", " ")
         ids = {w: pipe.tokenizer(w, add_special_tokens=False).input_ids for w in (text or "").split()}
