@@ -82,10 +82,10 @@ def starting_point(rows, folders, pipe, prompt_embeds, empty, args):
         return noise, prompt_embeds, empty[None].expand(len(rows), -1, -1, -1)
     files = [folders[row["label"]]["null_text"] for row in rows]
     z_T = torch.stack([file.get_slice("latents")[row["support"]] for file, row in zip(files, rows)])
-    null = torch.stack([file.get_slice("null_embeddings")[row["support"]] for file, row in zip(files, rows)])
+    offsets = torch.stack([file.get_slice("null_offsets")[row["support"]] for file, row in zip(files, rows)])
     alpha = torch.tensor([row["alpha"] for row in rows])
     share = (1 - args.null_text_fade * alpha).clamp(min=0)[:, None, None, None]
-    return blend(z_T, noise, alpha), prompt_embeds, torch.lerp(empty.expand_as(null), null, share)
+    return blend(z_T, noise, alpha), prompt_embeds, empty + share * offsets.float()
 
 
 def generate(rows, folders, pipe, schedule, prompt_embeds, empty, device, args):
@@ -179,7 +179,7 @@ def main(args):
     pipe = diffusion.load_stable_diffusion(
         model, device, accelerator.mixed_precision, inverted["revision"], inverted["variant"]
     )
-    width = next(iter(folders.values()))["null_text"].get_slice("null_embeddings").get_shape()[-1]
+    width = next(iter(folders.values()))["null_text"].get_slice("null_offsets").get_shape()[-1]
     if width != pipe.text_encoder.config.hidden_size:
         raise UserError(f"{model} is another kind of model than the one that {args.inversion_dir} was inverted into.")
     schedule = diffusion.make_schedule(pipe.scheduler, inverted["num_inference_steps"])

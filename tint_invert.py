@@ -7,6 +7,8 @@ word, gives the image back. Together they are TINT (Landolsi and Kahl, 2406.0314
     accelerate launch tint_invert.py --support_dir outputs/demo/support --output_dir outputs/demo/inversion
 """
 
+import json
+import shutil
 import unicodedata
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +16,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers.optimization import SchedulerType, get_scheduler
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torchvision.transforms.v2 import functional as TF
 from tqdm.auto import tqdm
 
 from common import diffusion
@@ -22,6 +26,7 @@ from common.cli import (
     UserError,
     argument_parser,
     check_settings,
+    digest,
     fingerprint,
     generator,
     natural_int,
@@ -35,6 +40,12 @@ from common.cli import (
 )
 from common.images import list_images, load_image, open_image, save_grid
 
+REFERENCE = {  # the paper's settings
+    "max_train_steps": 5000, "train_batch_size": 1, "learning_rate": 1e-3, "lr_scheduler": "constant", "patience": 0,
+    "validation_steps": 500, "num_inference_steps": 25, "guidance_scale": 7.5, "fixed_point_steps": 0,
+    "inversion_method": "null_text", "null_text_learning_rate": 1e-2, "null_text_steps": 10,
+    "null_text_tolerance": 1e-5,
+}  # fmt: skip
 HOW = ("support_dir", "class_batch_size", "null_text_batch_size", "gradient_checkpointing")  # not what is computed
 
 
@@ -85,85 +96,131 @@ def gradient(loss, variable):
     return torch.autograd.grad(scale * loss, variable)[0] / scale
 
 
-def textual_inversion(pipe, names, words, latents, first_id, vectors, args, accelerator):
+def class_losses(pipe, first_id, vectors, texts, latents, draws):
+    """The diffusion loss of several classes, each a mean over its draw: [num_classes].
+
+    Args:
+        vectors: [num_words, D], the embeddings of the tokens first_id, first_id + 1, ... texts: a prompt per class.
+        latents: per class z_0 [S_c, C, h, w]. draws: per class the result of `draw_noisy_latents`.
+    """
+    device = vectors.device
+    z0 = torch.cat([z[indices.to(device)] for z, (indices, _, _) in zip(latents, draws)])
+    timesteps, noise = (torch.cat([draw[i] for draw in draws]).to(device) for i in (1, 2))
+    with new_words(pipe.text_encoder, first_id, vectors):
+        prompt_embeds = diffusion.encode_prompts(pipe, texts)
+    prompt_embeds = prompt_embeds.repeat_interleave(len(z0) // len(texts), 0)
+    return diffusion_loss(pipe, z0, timesteps, noise, prompt_embeds).view(len(texts), -1).mean(1)
+
+
+def goes_on(curve, args):
+    """Whether a class's loss on fixed noise [(step, loss), ...] still falls: in its last `patience` validations the
+    least loss has fallen by more than the share `min_improvement`. Without patience it always goes on."""
+    losses = [loss for _, loss in curve]
+    if not args.patience or len(losses) <= args.patience:
+        return True
+    return min(losses) < (1 - args.min_improvement) * min(losses[: -args.patience])
+
+
+def textual_inversion(pipe, names, words, latents, first_id, vectors, args, accelerator, partial):
     """Learns the vectors of several classes' new words, one minimisation per class, side by side in one batch:
 
         v_c = argmin_v  E_{z0 in class c, t, eps}  || eps - eps_theta(z_t, t, tau(prompt(v))) ||^2
 
+    The loss on fixed noise and timesteps says when a class is done, and which of its vectors are the best.
+
     Args:
         names: class names, keys of the randomness. words: their new words in a prompt.
         latents: per class z_0 [S_c, C, h, w]. vectors: start values [num_classes, num_vectors, D].
+        partial: folder of what an interrupted run has done.
     Returns:
-        vectors [num_classes, num_vectors, D] and the curve [(step, [loss per class])] on fixed noise and timesteps.
+        vectors [num_classes, num_vectors, D] and per class the curve [(step, loss)] on fixed noise and timesteps.
     """
     device = vectors.device
-    vectors = vectors.clone().requires_grad_()
+    best, vectors = vectors.clone(), vectors.clone().requires_grad_()
     optimizer = torch.optim.AdamW([vectors], lr=args.learning_rate, weight_decay=args.adam_weight_decay)
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
     )
-    random = [generator(args.seed, name, "textual_inversion") for name in names]
 
-    def losses(draws, templates):
-        """Loss per class [num_classes] of one draw (indices, timesteps, noise) and one prompt template for each."""
-        z0 = torch.cat([latents[c][indices.to(device)] for c, (indices, _, _) in enumerate(draws)])
-        timesteps, noise = (torch.cat([draw[i] for draw in draws]).to(device) for i in (1, 2))
-        with new_words(pipe.text_encoder, first_id, vectors.flatten(0, 1)):
-            prompts = [template.replace("{}", word) for template, word in zip(templates, words)]
-            prompt_embeds = diffusion.encode_prompts(pipe, prompts)
-        prompt_embeds = prompt_embeds.repeat_interleave(len(z0) // len(names), 0)
-        return diffusion_loss(pipe, z0, timesteps, noise, prompt_embeds).view(len(names), -1).mean(1)
+    def losses(classes, draws, templates):
+        texts = [template.replace("{}", words[c]) for c, template in zip(classes, templates)]
+        return class_losses(pipe, first_id, vectors.flatten(0, 1), texts, [latents[c] for c in classes], draws)
 
-    fixed = [
-        draw_noisy_latents(
-            z0, pipe.scheduler, args.validation_samples, args.min_timestep, generator(args.seed, name, "validation")
-        )
-        for name, z0 in zip(names, latents)
-    ]
-    curve = []
+    def draw(c, count, *key):
+        rng = generator(args.seed, names[c], *key)
+        noisy = draw_noisy_latents(latents[c], pipe.scheduler, count, args.min_timestep, rng)
+        return noisy, args.prompt_templates[torch.randint(len(args.prompt_templates), (), generator=rng)]
+
+    fixed = [draw(c, args.validation_samples, "validation")[0] for c in range(len(names))]
+    first_step, curves = 0, [[] for _ in names]
+    checkpoint = partial / "textual_inversion.safetensors"
+    if checkpoint.is_file():
+        state = load_file(checkpoint, device=str(device))
+        best, vectors.data = state.pop("best"), state.pop("vectors")
+        optimizer.state[vectors] = state
+        with safe_open(checkpoint, "pt") as file:
+            first_step, curves = json.loads(file.metadata()["progress"])
+        for _ in range(first_step):
+            lr_scheduler.step()
     progress = tqdm(
-        range(args.max_train_steps + 1), desc="textual inversion", disable=not accelerator.is_local_main_process
+        range(first_step, args.max_train_steps + 1),
+        desc="textual inversion",
+        disable=not accelerator.is_local_main_process,
     )
+    active = [c for c in range(len(names)) if goes_on(curves[c], args)]
     for step in progress:
         if step % args.validation_steps == 0 or step == args.max_train_steps:
+            state = optimizer.state[vectors] | {"best": best, "vectors": vectors.detach()}
+            save_tensors(checkpoint, state, {"progress": json.dumps([step, curves])})
             with torch.no_grad():
-                loss = losses(fixed, [args.prompt] * len(names))
-            if not loss.isfinite().all():
+                found = losses(active, [fixed[c] for c in active], [args.prompt] * len(active))
+            if not found.isfinite().all():
                 raise UserError(
                     f"textual inversion diverged at step {step}: use a smaller --learning_rate than "
                     f"{args.learning_rate}, or --mixed_precision bf16 or no."
                 )
-            curve.append((step, loss.tolist()))
-            progress.set_postfix(loss=f"{loss.mean().item():.4f}")
-            accelerator.log({f"textual_inversion_loss/{n}": x for n, x in zip(names, loss.tolist())}, step)
-        if step == args.max_train_steps:
+            for c, loss in zip(active, found.tolist()):
+                if not args.patience or loss < min([x for _, x in curves[c]], default=float("inf")):
+                    best[c] = vectors[c].detach()
+                curves[c].append((step, loss))
+            progress.set_postfix(loss=f"{found.mean().item():.4f}", classes=len(active))
+            accelerator.log({f"textual_inversion_loss/{names[c]}": curves[c][-1][1] for c in active}, step)
+            active = [c for c in active if goes_on(curves[c], args)]
+        if step == args.max_train_steps or not active:
             break
-        draws = [
-            draw_noisy_latents(z0, pipe.scheduler, args.train_batch_size, args.min_timestep, rng)
-            for z0, rng in zip(latents, random)
-        ]
-        templates = [
-            args.prompt_templates[torch.randint(len(args.prompt_templates), (), generator=rng)] for rng in random
-        ]
+        draws, templates = zip(*(draw(c, args.train_batch_size, "textual_inversion", step) for c in active))
         # The classes' losses share no parameter, so the sum trains each as if it were alone.
-        vectors.grad = gradient(losses(draws, templates).sum(), vectors)
+        vectors.grad = gradient(losses(active, draws, templates).sum(), vectors)
         optimizer.step()
         lr_scheduler.step()
-    return vectors.detach(), curve
+    return best, curves
 
 
 @torch.no_grad()
-def ddim_inversion(unet, schedule, z0, prompt_embeds):
+def ddim_inversion(unet, schedule, z0, prompt_embeds, fixed_point_steps=0):
     """Walks z_0 up to noise at guidance 1, the network evaluated at the time moved to (as in the null-text paper).
+
+    What the network is asked about, at that time, is the latent moved from; each fixed-point step asks again about the
+    latent that the last answer led to (Pan et al., 2309.04907, equation 5), which inverts the way down more exactly.
 
     Returns:
         the trajectory z* [T + 1, B, C, h, w] in the schedule's order: z*_T first, z_0 last.
     """
     trajectory = [z0]
     for i in reversed(range(len(schedule.timesteps))):
-        eps = diffusion.predict_noise(unet, schedule, trajectory[0], i, prompt_embeds)
-        trajectory.insert(0, diffusion.ddim_step(trajectory[0], eps, schedule.abar[i + 1], schedule.abar[i]))
+        z = trajectory[0]
+        for _ in range(1 + fixed_point_steps):
+            eps = diffusion.predict_noise(unet, schedule, z, i, prompt_embeds)
+            z = diffusion.ddim_step(trajectory[0], eps, schedule.abar[i + 1], schedule.abar[i])
+        trajectory.insert(0, z)
     return torch.stack(trajectory)
+
+
+def guided_step(unet, schedule, z, i, eps_cond, null_embeds, guidance_scale):
+    """Where a guided DDIM move from z [B, C, h, w] at the schedule's level i leads, the noise eps_cond being known."""
+    eps_uncond = diffusion.predict_noise(unet, schedule, z, i, null_embeds)
+    eps = diffusion.guide(eps_uncond, eps_cond, guidance_scale)
+    return diffusion.ddim_step(z, eps, schedule.abar[i], schedule.abar[i + 1])
 
 
 def null_text_inversion(unet, schedule, trajectory, prompt_embeds, null_embeds, args, progress):
@@ -176,48 +233,53 @@ def null_text_inversion(unet, schedule, trajectory, prompt_embeds, null_embeds, 
     Args:
         trajectory: z* [T + 1, B, C, h, w]. prompt_embeds: [B, L, D]. null_embeds: start value [B, L, D].
     Returns:
-        null-text embeddings [B, T, L, D]; the latents z_0 [B, C, h, w] that denoising with them reaches.
+        null-text embeddings [B, T, L, D]; the latents z_0 [B, C, h, w] that denoising with them reaches; the number of
+        Adam steps of each image [B].
     """
     z, results = trajectory[0], []
+    num_steps = torch.zeros(len(z), dtype=torch.long, device=z.device)
     for i in range(len(schedule.timesteps)):
         with torch.no_grad():
             eps_cond = diffusion.predict_noise(unet, schedule, z, i, prompt_embeds)
         null_embeds = null_embeds.detach().clone().requires_grad_()
         optimizer = torch.optim.Adam([null_embeds], lr=args.null_text_learning_rate)
         active = torch.arange(len(z), device=z.device)  # the images not yet within the tolerance
-        for _ in range(args.null_text_steps):
-            eps_uncond = diffusion.predict_noise(unet, schedule, z[active], i, null_embeds[active])
-            eps = diffusion.guide(eps_uncond, eps_cond[active], args.guidance_scale)
-            reached = diffusion.ddim_step(z[active], eps, schedule.abar[i], schedule.abar[i + 1])
-            loss = ((reached - trajectory[i + 1, active]) ** 2).mean((1, 2, 3))
+        reached = torch.empty_like(z)
+        for step in range(args.null_text_steps + 1):
+            is_last = step == args.null_text_steps
+            with torch.set_grad_enabled(not is_last):
+                at = z[active], i, eps_cond[active], null_embeds[active]
+                now = guided_step(unet, schedule, *at, args.guidance_scale)
+                loss = ((now - trajectory[i + 1, active]) ** 2).mean((1, 2, 3))
             if not loss.isfinite().all():
                 raise UserError("null-text inversion came to NaN: use --mixed_precision bf16 or no.")
+            reached[active] = now.detach()
             far = loss.detach() >= args.null_text_tolerance
-            if not far.any():
+            if is_last or not far.any():
                 break
             null_embeds.grad = gradient(loss[far].sum(), null_embeds)
             before = null_embeds.detach().clone()
             optimizer.step()
             active = active[far]
+            num_steps[active] += 1
             done = torch.ones(len(z), dtype=torch.bool, device=z.device).index_fill(0, active, False)
             null_embeds.data[done] = before[done]  # Adam's momentum would move them on
-        with torch.no_grad():
-            results.append(null_embeds.detach())
-            eps_uncond = diffusion.predict_noise(unet, schedule, z, i, null_embeds)
-            eps = diffusion.guide(eps_uncond, eps_cond, args.guidance_scale)
-            z = diffusion.ddim_step(z, eps, schedule.abar[i], schedule.abar[i + 1])
+        results.append(null_embeds.detach())
+        z = reached
         progress.update(len(z))
-    return torch.stack(results, 1), z
+    return torch.stack(results, 1), z, num_steps
 
 
-def invert_images(images_per_class, latents, texts, pipe, schedule, args, accelerator):
+def invert_images(images_per_class, latents, texts, pipe, schedule, args, accelerator, partial):
     """DDIM and null-text inversion of several classes' images, in batches across classes.
 
     Args:
         latents: per class z_0 [S_c, C, h, w]. texts: the prompt of each class.
+        partial: folder of the batches that an interrupted run has done.
     Returns:
-        per class z_T [S_c, C, h, w], null-text embeddings [S_c, T, L, D], and the z_0 that guided denoising reaches
-        from there with the empty prompt ("ddim") and with the null-text.
+        per class {"latents": z_T [S_c, C, h, w], "null_embeddings": [S_c, T, L, D], "null_text": the z_0 that guided
+        denoising reaches with them, "num_steps": Adam's steps [S_c], and with --compare_ddim "ddim": the z_0 that it
+        reaches with the empty prompt}.
     """
     counts = torch.tensor(images_per_class)
     with torch.no_grad():
@@ -227,13 +289,25 @@ def invert_images(images_per_class, latents, texts, pipe, schedule, args, accele
     total = sum(images_per_class) * len(schedule.timesteps)
     batches = []
     with tqdm(total=total, desc="null-text inversion", disable=hidden) as progress:
-        for z0, c in zip(torch.cat(latents).split(size), prompt_embeds.split(size)):
-            trajectory = ddim_inversion(pipe.unet, schedule, z0, c)
-            null = empty.expand(len(z0), -1, -1)
-            ddim = diffusion.denoise(pipe.unet, schedule, trajectory[0], c, null[:, None], args.guidance_scale)
-            null, reached = null_text_inversion(pipe.unet, schedule, trajectory, c, null, args, progress)
-            batches.append((trajectory[0], null, ddim, reached))
-    return zip(*(torch.cat(parts).split(images_per_class) for parts in zip(*batches)))
+        for k, (z0, c) in enumerate(zip(torch.cat(latents).split(size), prompt_embeds.split(size))):
+            done = partial / f"images-{k}.safetensors"
+            if not done.is_file():
+                trajectory = ddim_inversion(pipe.unet, schedule, z0, c, args.fixed_point_steps)
+                null = c if args.inversion_method == "negative_prompt" else empty.expand(len(z0), -1, -1)
+                null, reached, num_steps = null_text_inversion(pipe.unet, schedule, trajectory, c, null, args, progress)
+                result = {
+                    "latents": trajectory[0],
+                    "null_embeddings": null,
+                    "null_text": reached,
+                    "num_steps": num_steps,
+                }
+                if args.compare_ddim:
+                    null = empty[None].expand(len(z0), -1, -1, -1)
+                    result["ddim"] = diffusion.denoise(pipe.unet, schedule, trajectory[0], c, null, args.guidance_scale)
+                save_tensors(done, result)
+            batches.append(load_file(done, device=str(z0.device)))
+    parts = {name: torch.cat([batch[name] for batch in batches]).split(images_per_class) for name in batches[0]}
+    return [dict(zip(parts, values)) for values in zip(*parts.values())]
 
 
 def add_new_words(pipe, names, args):
@@ -255,6 +329,36 @@ def add_new_words(pipe, names, args):
     return words, first_id, torch.stack(starts)[:, None].repeat(1, args.num_vectors, 1), initializers
 
 
+def load_upscaler(path, device):
+    """A super-resolution network, images [1, 3, h, w] to larger ones, from a checkpoint that spandrel knows.
+
+    Raises:
+        UserError: spandrel is not installed, or the file is no such checkpoint.
+    """
+    try:
+        from spandrel import ModelLoader
+    except ImportError as error:
+        raise UserError("--upscaler needs the package spandrel (pip install spandrel).") from error
+    try:
+        model = ModelLoader(device).load_from_state_dict(load_file(path))
+    except Exception as error:  # safetensors and spandrel raise their own kinds
+        raise UserError(f"--upscaler {path} is no safetensors checkpoint that spandrel knows: {error}") from error
+    if getattr(model, "input_channels", None) != 3 or model.scale < 2:
+        raise UserError(f"--upscaler {path} does not make RGB images larger: give a super-resolution checkpoint.")
+    return model.eval()
+
+
+@torch.no_grad()
+def load_support(path, resolution, upscaler=None):
+    """A support image [3, resolution, resolution] in [0, 1]; a smaller one is upscaled first, as often as it takes."""
+    if upscaler is None:
+        return load_image(path, resolution)
+    image = load_image(path)
+    while image.shape[-1] < resolution:
+        image = upscaler(image[None].to(upscaler.device))[0].float().clamp(0, 1).cpu()
+    return TF.resize(image, [resolution] * 2, TF.InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
+
+
 def placeholder_token(name):
     """The new word of a class. Lower case and without spaces, since CLIP's tokenizer knows no other."""
     return "<" + "-".join(unicodedata.normalize("NFC", name).lower().split()) + ">"
@@ -265,53 +369,62 @@ def psnr(images, references):
     return -10 * ((images - references) ** 2).mean((1, 2, 3)).log10()
 
 
-def invert_classes(names, paths, pipe, schedule, args, accelerator):
+def invert_classes(names, paths, pipe, schedule, upscaler, args, accelerator):
     """Inverts the images of several classes together, and writes each class's folder."""
     device = accelerator.device
-    images = [torch.stack([load_image(path, args.resolution) for path in paths[name]]).to(device) for name in names]
+    images = [[load_support(path, args.resolution, upscaler) for path in paths[name]] for name in names]
+    images = [torch.stack(batch).to(device) for batch in images]
     latents = [torch.cat([diffusion.encode_images(pipe.vae, x[None]) for x in batch]) for batch in images]
     counts = [len(batch) for batch in images]
 
+    settings = {name: settings_of(args, *HOW) | {"support_images": fingerprint(paths[name])} for name in names}
+    partial = Path(args.output_dir) / f".partial-{digest(settings, args.null_text_batch_size)}"
     words, first_id, vectors, initializers = add_new_words(pipe, names, args)
-    vectors, curve = textual_inversion(pipe, names, words, latents, first_id, vectors, args, accelerator)
+    vectors, curves = textual_inversion(pipe, names, words, latents, first_id, vectors, args, accelerator, partial)
     pipe.text_encoder.get_input_embeddings().weight.data[first_id:] = vectors.flatten(0, 1)
 
     texts = [args.prompt.replace("{}", word) for word in words]
-    inverted = list(invert_images(counts, latents, texts, pipe, schedule, args, accelerator))
-    plain = [None] * len(names)
+    inverted = {"null_text": invert_images(counts, latents, texts, pipe, schedule, args, accelerator, partial)}
     if args.plain_prompt is not None:
         texts = [args.plain_prompt] * len(names)
-        plain = list(invert_images(counts, latents, texts, pipe, schedule, args, accelerator))
+        inverted["null_text_plain"] = invert_images(
+            counts, latents, texts, pipe, schedule, args, accelerator, partial / "plain"
+        )
 
+    with torch.no_grad():
+        empty = diffusion.encode_prompts(pipe, [""])
     for c, name in enumerate(names):
         folder = Path(args.output_dir) / name
         save_tensors(folder / "learned_embeds.safetensors", {words[c]: vectors[c]})
-        for file, result in (("null_text", inverted[c]), ("null_text_plain", plain[c])):
-            if result:
-                tensors = {"latents": result[0], "null_embeddings": result[1]}
-                save_tensors(folder / f"{file}.safetensors", tensors)
+        for file, results in inverted.items():
+            offsets = (results[c]["null_embeddings"] - empty).half()
+            save_tensors(folder / f"{file}.safetensors", {"latents": results[c]["latents"], "null_offsets": offsets})
+        result = {"vae": latents[c]} | inverted["null_text"][c]
         decoded = {
-            kind: torch.cat([diffusion.decode_latents(pipe.vae, z[None]) for z in batch])
-            for kind, batch in {"vae": latents[c], "ddim": inverted[c][2], "null_text": inverted[c][3]}.items()
+            kind: torch.cat([diffusion.decode_latents(pipe.vae, z[None]) for z in result[kind]])
+            for kind in ("vae", "ddim", "null_text")
+            if kind in result
         }
         save_grid([images[c], *decoded.values()], folder / "reconstruction.png")
         facts = {
-            "settings": settings_of(args, *HOW) | {"support_images": fingerprint(paths[name])},
+            "settings": settings[name],
             "class": name,
             "support_dir": str(Path(args.support_dir).resolve()),
             "placeholder_token": words[c],
             "initializer_token": initializers[c],
             "images": [path.name for path in paths[name]],
             "image_size": min([args.resolution, *(open_image(path).width for path in paths[name])]),
-            "textual_inversion_loss": [[step, loss[c]] for step, loss in curve],
+            "textual_inversion_loss": curves[c],
+            "null_text_steps": result["num_steps"].tolist(),
             "reconstruction_psnr_db": {kind: psnr(x, images[c]).tolist() for kind, x in decoded.items()},
         }
         write_json(folder / "inversion.json", facts)  # last: it marks the class as done
+    shutil.rmtree(partial)
 
 
-def save_tensors(path, tensors):
+def save_tensors(path, tensors, metadata=None):
     with whole_file(path) as temporary:
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary)
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary, metadata)
 
 
 def initial_vector(pipe, name, args):
@@ -347,6 +460,7 @@ def main(args):
         args.revision,
         args.variant,
     )
+    upscaler = None if args.upscaler == "bicubic" else load_upscaler(args.upscaler, accelerator.device)
     if args.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
     if args.resolution is None:
@@ -355,6 +469,8 @@ def main(args):
     if args.min_timestep >= pipe.scheduler.config.num_train_timesteps:
         raise UserError(f"--min_timestep {args.min_timestep}: the model's timesteps end before.")
 
+    if args.inversion_method == "negative_prompt":
+        args.null_text_steps = 0
     settings = settings_of(args, *HOW)
     mine = list(classes)[accelerator.process_index :: accelerator.num_processes]
     mine = [
@@ -366,8 +482,11 @@ def main(args):
         )
     ]
     for i in range(0, len(mine), args.class_batch_size):
-        invert_classes(mine[i : i + args.class_batch_size], classes, pipe, schedule, args, accelerator)
+        invert_classes(mine[i : i + args.class_batch_size], classes, pipe, schedule, upscaler, args, accelerator)
     new = accelerator.gather(torch.tensor([len(mine)], device=accelerator.device)).sum().item()
+    if accelerator.is_main_process:
+        for folder in Path(args.output_dir).glob(".partial-*"):  # of other settings
+            shutil.rmtree(folder)
     accelerator.print(f"{len(classes)} classes in {args.output_dir}, of which {new} new")
     accelerator.end_training()
 
@@ -395,6 +514,8 @@ def parse_args(argv=None):
     add("--variant", help="the weight files' variant, e.g. fp16")
     add("--support_dir", default="outputs/demo/support", help="images to invert: one folder per class")
     add("--resolution", type=positive_int, help="side that images, cut square, are resized to; default: the model's")
+    add("--upscaler", default="bicubic", help="for smaller images: a safetensors checkpoint that spandrel knows")
+    add("--preset", choices=["fast", "reference"], default="fast", help="reference: the paper's settings for all below")
     add("--prompt", default="a photo of a {}", help="prompt of inversion and generation; {} is the learned word")
     add("--prompt_templates", help="file with a prompt a line for textual inversion; default: --prompt alone")
     add("--plain_prompt", help="also invert with this prompt, without the learned word (generation's null_text method)")
@@ -402,27 +523,37 @@ def parse_args(argv=None):
     group("--num_vectors", type=positive_int, default=1, help="vectors of a learned word")
     group("--initializer_token", help="word or words to start from; default: those of the class name")
     group("--fallback_token", default="object", help="the same where the tokenizer knows none of them")
-    group("--max_train_steps", type=natural_int, default=5000, help="steps of optimisation")
-    group("--train_batch_size", type=positive_int, default=1, help="noisy latents a class and step")
-    group("--learning_rate", type=float, default=1e-3, help="AdamW's learning rate")
+    group("--max_train_steps", type=natural_int, default=500, help="steps of optimisation, at most")
+    group("--train_batch_size", type=positive_int, default=4, help="noisy latents a class and step")
+    group("--learning_rate", type=float, default=5e-3, help="AdamW's learning rate")
     group("--adam_weight_decay", type=float, default=1e-2, help="AdamW's weight decay")
     group("--lr_scheduler", default="constant", choices=[s.value for s in SchedulerType][:6], help="its course")
     group("--lr_warmup_steps", type=natural_int, default=0, help="steps of its warm-up")
     group(
         "--min_timestep", type=natural_int, default=250, help="smallest t trained at: finer detail is not the class's"
     )
-    group("--validation_steps", type=positive_int, default=100, help="steps between losses on fixed noise")
+    group("--validation_steps", type=positive_int, default=10, help="steps between losses on fixed noise")
     group("--validation_samples", type=positive_int, default=16, help="fixed noisy latents a class")
+    group("--patience", type=natural_int, default=3, help="validations without gain until a class is done; 0: never")
+    group("--min_improvement", type=float, default=0.002, help="share of the loss that counts as a gain")
     group("--class_batch_size", type=positive_int, default=1, help="classes that are inverted together")
     group("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, more time")
     group = parser.add_argument_group("null-text inversion").add_argument
-    group("--num_inference_steps", type=positive_int, default=25, help="DDIM steps")
+    group("--num_inference_steps", type=positive_int, default=16, help="DDIM steps")
     group("--guidance_scale", type=float, default=7.5, help="guidance scale w")
     group("--null_text_learning_rate", type=float, default=1e-2, help="Adam's learning rate")
-    group("--null_text_steps", type=natural_int, default=10, help="at most so many Adam steps a DDIM step")
-    group("--null_text_tolerance", type=float, default=1e-5, help="mean squared error that is close enough")
+    group("--null_text_steps", type=natural_int, default=5, help="at most so many Adam steps a DDIM step")
+    group("--null_text_tolerance", type=float, default=3e-4, help="mean squared error that is close enough")
+    group("--fixed_point_steps", type=natural_int, default=1, help="more evaluations a step of DDIM inversion")
+    group(
+        "--inversion_method",
+        choices=["null_text", "negative_prompt"],
+        default="null_text",
+        help="negative_prompt (2305.16807): the prompt stands for the null-text, and nothing is optimised",
+    )
+    group("--compare_ddim", action="store_true", help="also reconstruct with the empty prompt, for the record")
     group("--null_text_batch_size", type=positive_int, default=5, help="images that are inverted together")
-    return parse_with_model_defaults(parser, "tint_invert", argv)
+    return parse_with_model_defaults(parser, "tint_invert", argv, {"reference": REFERENCE})
 
 
 if __name__ == "__main__":

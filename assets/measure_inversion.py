@@ -103,8 +103,10 @@ def main(args):
 
 def report(root, args, curves, named, reconstruction):
     """Prints and writes what was measured."""
-    steps = [step for step, _ in curves[0]["curve"]]
-    losses = np.array([[loss for _, loss in c["curve"]] for c in curves])
+    # The loss of the vectors that would be kept, which are the best so far; a class that has stopped keeps its own.
+    steps = max(([step for step, _ in c["curve"]] for c in curves), key=len)
+    losses = [np.minimum.accumulate([loss for _, loss in c["curve"]]) for c in curves]
+    losses = np.array([np.pad(x, (0, len(steps) - len(x)), mode="edge") for x in losses])
     best = np.array([c["best_word_loss"] for c in curves])
     kinds = {k: sum(h for h, _ in v) for k, v in named.items()}
     agreement = {}
@@ -114,8 +116,9 @@ def report(root, args, curves, named, reconstruction):
         print(f"{kind}: the teacher agrees with {100 * hits / count:.1f}% of {count}")
     psnr = {k: float(np.mean([x for facts in reconstruction for x in facts[k]])) for k in reconstruction[0]}
     print("reconstruction", psnr)
-    print(f"loss at steps {steps}: {losses.mean(0).round(4)}; best word {best.mean():.4f}; below it at the end in "
-          f"{(losses[:, -1] < best).sum()} of {len(best)} classes")  # fmt: skip
+    print(f"loss at steps {steps}: {losses.mean(0).round(4)}; stopped after "
+          f"{np.mean([c['curve'][-1][0] for c in curves]):.0f}; best word {best.mean():.4f}; below it "
+          f"at the end in {(losses[:, -1] < best).sum()} of {len(best)} classes")  # fmt: skip
     best_line = [(steps[0], best.mean()), (steps[-1], best.mean())]
     save_plot(root / f"{args.split}.svg", "step", "loss on fixed noise and timesteps",
               {"learned word": list(zip(steps, losses.mean(0))), "best existing word": best_line})  # fmt: skip

@@ -110,13 +110,12 @@ def save_plot(path, x_title, y_title, lines):
         right, down = left + share * width, top + (1 - share) * height
         parts += [f'<text x="{right:.0f}" y="{top + height + 18}" text-anchor="middle">{x:.4g}</text>',
                   f'<text x="{left - 6}" y="{down + 4:.0f}" text-anchor="end">{y:.3g}</text>']  # fmt: skip
-    for i, (name, line) in enumerate(lines.items()):
-        colour = ("#1f6fb4", "#d1582b", "#2c8c4a")[i]
+    legend = []
+    for (name, line), colour in zip(lines.items(), ("#1f6fb4", "#d1582b", "#2c8c4a")):
         points = " ".join(place(x, y) for x, y in line)
-        parts += [
-            f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>',
-            f'<text x="{left + width - 8}" y="{top + 20 + 18 * i}" text-anchor="end" fill="{colour}">{name}</text>',
-        ]
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        legend.append(f'<tspan fill="{colour}" dx="12">{name}</tspan>')
+    parts.append(f'<text x="{left + width}" y="{top - 6}" text-anchor="end">{"".join(legend)}</text>')
     parts.append(f'<text x="{left + width / 2}" y="{top + height + 40}" text-anchor="middle">{x_title}</text>')
     parts.append(f'<text x="{left}" y="{top - 6}">{y_title}</text>')
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 20} {top + height + 50}"'

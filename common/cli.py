@@ -61,17 +61,20 @@ def argument_parser(description, output_dir):
     return parser
 
 
-def parse_with_model_defaults(parser, script, argv=None):
+def parse_with_model_defaults(parser, script, argv=None, presets=None):
     """Parses the command line, with a model's own defaults between those of the script and what the user says.
 
     Best settings differ from model to model. A local model folder may hold `tint.json`, {script: {option: value}};
-    its values replace the script's defaults, which are those of Stable Diffusion.
+    its values replace the script's defaults, which are those of Stable Diffusion. A preset, {option: value} by the
+    name of --preset, replaces both.
     """
     argv = sys.argv[1:] if argv is None else argv
     model = parser.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0]
     defaults = Path(model.pretrained_model_name_or_path) / "tint.json"
     if defaults.is_file():
         parser.set_defaults(**read_json(defaults).get(script, {}))
+    if presets:
+        parser.set_defaults(**presets.get(model.preset, {}))
     return parser.parse_args(argv)
 
 
@@ -160,6 +163,11 @@ def fingerprint(paths):
         digest.update(f"{path.name}/{path.stat().st_size}/".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def digest(*values):
+    """A short hash of values that JSON can hold (others by their text)."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:10]
 
 
 def settings_of(args, *leave_out):

@@ -5,8 +5,6 @@ Below --output_dir, episodes/<index>/ holds support/, <script>-<key>/ (what a sc
 queries an arm answers rightly). A key stands for all settings up to there: what is changed is made anew beside the old.
 """
 
-import hashlib
-import json
 import os
 import shlex
 import time
@@ -22,7 +20,17 @@ import distill
 import tint_generate
 import tint_invert
 from common import datasets, models, statistics
-from common.cli import UserError, check_settings, fingerprint, provenance, read_json, settings_of, start, write_json
+from common.cli import (
+    UserError,
+    check_settings,
+    digest,
+    fingerprint,
+    provenance,
+    read_json,
+    settings_of,
+    start,
+    write_json,
+)
 from common.images import as_tensor, load_image
 from common.report import data_uri, with_interval, write_report
 
@@ -52,10 +60,6 @@ class Arm:
     arguments: dict  # {script: Namespace}
     keys: dict  # {script: key}
     key: str
-
-
-def digest(*parts):
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:10]
 
 
 def parse_arm(text, args):

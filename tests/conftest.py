@@ -1,8 +1,10 @@
 """What the tests share: launching a script as a user does, and one small run of the whole path."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,18 +19,30 @@ ACCELERATE = [
 ]  # fmt: skip
 PYTHON = [sys.executable]
 TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+THREE_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "3", "--standalone"]
+
+
+ENVIRONMENT = dict(os.environ, HF_HUB_OFFLINE="1", TQDM_DISABLE="1", PYTHONPATH=str(ROOT))
 
 
 def launch(*command, code=0, by=PYTHON, cwd=ROOT, timeout=600):
     """Runs a script and returns what it printed (stdout, stderr); fails unless it exits with `code`."""
-    environment = dict(os.environ, HF_HUB_OFFLINE="1", TQDM_DISABLE="1", PYTHONPATH=str(ROOT))
-    if by is TWO_PROCESSES:
-        environment["OMP_NUM_THREADS"] = "1"
+    environment = ENVIRONMENT | ({"OMP_NUM_THREADS": "1"} if by in (TWO_PROCESSES, THREE_PROCESSES) else {})
     result = subprocess.run(
         [*by, *map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout
     )
     assert result.returncode == code, f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
     return result.stdout, result.stderr
+
+
+def killed_when(condition, *command, timeout=300):
+    """Runs a script and kills it, without a chance to tidy up, as soon as `condition()` holds."""
+    process = subprocess.Popen([*PYTHON, *map(str, command)], cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + timeout
+    while not condition() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
 
 
 INVERT = ("--max_train_steps", 6, "--validation_steps", 3, "--validation_samples", 4, "--num_inference_steps", 4)

@@ -1,17 +1,13 @@
 """Benchmarks over episodes: what is shared, kept, extended and divided, and that a folder gives the same accuracy."""
 
 import json
-import os
-import signal
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
 import evaluate
 from common.cli import UserError
-from tests.conftest import ACCELERATE, PYTHON, ROOT, TWO_PROCESSES, launch
+from tests.conftest import ACCELERATE, TWO_PROCESSES, killed_when, launch
 
 EPISODES = ("evaluate.py", "--dataset", "icons_fs", "--split", "val", "--num_ways", 2, "--num_shots", 2)
 LITTLE = (
@@ -67,14 +63,9 @@ def test_two_processes_and_a_killed_run_give_the_same(tmp_path):
     launch(*EPISODES, "--output_dir", tmp_path / "two", *options, by=TWO_PROCESSES)
 
     killed = tmp_path / "killed"
-    command = [*PYTHON, *map(str, (*EPISODES, "--output_dir", killed, *options))]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, env=dict(os.environ, PYTHONPATH=str(ROOT)))
-    for _ in range(1200):
-        if list(killed.glob("episodes/00001/distill-*")) or process.poll() is not None:
-            break
-        time.sleep(0.1)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL and not (killed / "results.json").exists()
+    command = (*EPISODES, "--output_dir", killed, *options)
+    killed_when(lambda: list(killed.glob("episodes/00001/distill-*")), *command)
+    assert not (killed / "results.json").exists()
     before = files_of(killed, "episodes/00000/result-*.json")
     assert len(before) == 3
     launch(*EPISODES, "--output_dir", killed, *options)

@@ -4,6 +4,7 @@ import argparse
 
 import numpy as np
 import pytest
+import scipy.optimize
 import scipy.stats
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from PIL import Image
 import distill
 import tint_generate
 import tint_invert
+from benchmarks import flops
 from common import diffusion, models, statistics
 from common.cli import UserError
 from common.images import load_image
@@ -105,7 +107,7 @@ def test_null_text_inversion_reaches_its_trajectory_and_treats_images_one_by_one
     prompt_embeds = torch.tensor([0.0, 0.02, 0.05, 0.08])[:, None, None].expand(4, 3, 2).double()
     null = torch.zeros(4, 3, 2).double()
     z0 = latents(4, 4, 4, 4)
-    trajectory = tint_invert.ddim_inversion(network, schedule, z0, prompt_embeds)
+    trajectory = tint_invert.ddim_inversion(network, schedule, z0, prompt_embeds, fixed_point_steps=20)
     args = argparse.Namespace(
         guidance_scale=3.0, null_text_learning_rate=1e-2, null_text_steps=10, null_text_tolerance=1e-4
     )
@@ -116,17 +118,67 @@ def test_null_text_inversion_reaches_its_trajectory_and_treats_images_one_by_one
             network, schedule, trajectory[:, which], prompt_embeds[which], null[which], args, progress
         )
 
-    found, reached = invert(slice(0, 4))
-    assert found.shape == (4, 6, 3, 2)
+    found, reached, num_steps = invert(slice(0, 4))
+    assert found.shape == (4, 6, 3, 2) and num_steps[0] == 0 < num_steps[2] <= num_steps[3] <= 60
     for k in range(4):
         alone = invert(slice(k, k + 1))
         torch.testing.assert_close(found[k], alone[0][0])
         torch.testing.assert_close(reached[k], alone[1][0])
+        assert num_steps[k] == alone[2][0]
     without = diffusion.denoise(network, schedule, trajectory[0], prompt_embeds, null[:, None], 3.0)
     error, error_without = (((z - z0) ** 2).mean((1, 2, 3)) for z in (reached, without))
     assert (error[2:] < 0.2 * error_without[2:]).all()  # what is left is that of six DDIM steps, not of guidance
     replayed = diffusion.denoise(network, schedule, trajectory[0], prompt_embeds, found, 3.0)
     torch.testing.assert_close(replayed, reached)
+
+
+def test_null_text_takes_the_steps_of_adam_down_the_gradient_of_its_objective():
+    """One DDIM step, three Adam steps: against finite differences of the objective and Adam's formula by hand."""
+    schedule, w = make_schedule(1), 3.0
+    mix = latents(4 * 2 * 2, 3 * 2, seed=3) / 3
+    network = Network(lambda z, t, c: 0.3 * z + torch.tanh(c.flatten(1) @ mix.T).view(z.shape))
+    cond, null, z = latents(1, 3, 2, seed=4), latents(1, 3, 2, seed=5), latents(1, 4, 2, 2)
+    trajectory = torch.stack([z, latents(1, 4, 2, 2, seed=6)])
+    args = argparse.Namespace(
+        guidance_scale=w, null_text_learning_rate=0.05, null_text_steps=3, null_text_tolerance=0.0
+    )
+    progress = type("Progress", (), {"update": lambda self, n: None})()
+    found, _, _ = tint_invert.null_text_inversion(network, schedule, trajectory, cond, null, args, progress)
+
+    def objective(e):
+        (a, b), zero = schedule.abar, z[0].numpy()
+        eps_u, eps_c = (0.3 * zero + np.tanh(mix.numpy() @ x).reshape(zero.shape) for x in (e, cond.numpy().ravel()))
+        eps = eps_u + w * (eps_c - eps_u)
+        x0 = (zero - np.sqrt(1 - a) * eps) / np.sqrt(a)
+        return ((np.sqrt(b) * x0 + np.sqrt(1 - b) * eps - trajectory[1, 0].numpy()) ** 2).mean()
+
+    e, m, v = null.numpy().ravel().copy(), np.zeros(6), np.zeros(6)
+    for step in (1, 2, 3):
+        gradient = scipy.optimize.approx_fprime(e, objective, 1e-6)
+        m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
+        e -= 0.05 * (m / (1 - 0.9**step)) / (np.sqrt(v / (1 - 0.999**step)) + 1e-8)
+    np.testing.assert_allclose(found[0, 0].numpy().ravel(), e, atol=1e-4)
+
+
+def test_fixed_point_steps_make_ddim_inversion_exact():
+    """The way down at guidance 1 then retraces the way up, as it does not in the plain inversion."""
+    schedule = make_schedule(10)
+    network = Network(lambda z, t, c: 0.8 * torch.tanh(2 * z) + c.mean((1, 2))[:, None, None, None])
+    prompt_embeds, z0 = latents(3, 3, 2, seed=1), latents(3, 4, 4, 4)
+    error = []
+    for steps in (0, 1, 30):
+        trajectory = tint_invert.ddim_inversion(network, schedule, z0, prompt_embeds, steps)
+        back = diffusion.denoise(network, schedule, trajectory[0], prompt_embeds, prompt_embeds[:, None], 1.0)
+        error.append((back - z0).abs().max().item())
+    assert error[2] < 1e-5 < error[1] < error[0] / 2
+
+
+def test_the_reference_preset_is_the_papers_and_the_command_line_has_the_last_word():
+    args = tint_invert.parse_args(["--preset", "reference", "--null_text_steps", "3"])
+    assert (args.max_train_steps, args.train_batch_size, args.learning_rate, args.patience) == (5000, 1, 1e-3, 0)
+    assert (args.num_inference_steps, args.guidance_scale, args.null_text_tolerance) == (25, 7.5, 1e-5)
+    assert args.null_text_steps == 3 and args.fixed_point_steps == 0
+    assert args.prompt == "an icon of a {}"  # the model's own, which the paper says nothing of
 
 
 def test_velocity_and_noise_name_the_same_network():
@@ -321,3 +373,18 @@ def test_images_of_all_kinds_are_read_alike(tmp_path):
     clear = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
     clear.save(tmp_path / "clear.png")
     assert load_image(tmp_path / "clear.png", 16).min() == 1
+
+
+def test_operations_are_counted_as_the_network_is_large():
+    """Stable Diffusion 1.5's passes in TFLOP as they are known: VAE encoding 1.117, UNet 0.803, decoding 2.515. And the
+    defaults take at most a tenth of what the reference takes for a class of five images."""
+    settings = [tint_invert.parse_args(["--preset", p, "--pretrained_model_name_or_path", flops.DEFAULTS])
+                for p in ("fast", "reference")]  # fmt: skip
+    iterations = {"textual_inversion_steps": 60, "validations": 7, "null_text_steps": 80}
+    ours = flops.inversion(settings[0], iterations)
+    assert ours["VAE encoding"] == pytest.approx(5 * 1.117, rel=1e-3)
+    assert ours["DDIM inversion"] == pytest.approx(5 * 16 * 2 * 0.803, rel=1e-3)
+    assert ours["total"] == pytest.approx(sum(v for k, v in ours.items() if k != "total")) and ours["total"] < 1660
+    steps = {"textual_inversion_steps": 5000, "validations": 0, "null_text_steps": 250}
+    assert flops.inversion(settings[1], steps)["textual inversion"] == pytest.approx(5000 * 1.669, rel=0.02)
+    assert flops.generation(25) == pytest.approx(42.7, abs=0.05)

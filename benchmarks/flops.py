@@ -1,0 +1,166 @@
+"""Counts the floating-point operations of inversion and generation at Stable Diffusion 1.5's shapes. Prints JSON.
+
+    python -m benchmarks.flops
+
+The networks are built on the `meta` device from the model's public configuration, so nothing is computed, and PyTorch's
+FlopCounterMode (two operations a multiplication and addition) watches the project's own functions. Where a loop ends on
+data, its mean number of iterations is that of an inversion of val classes of Icons-FS into mini-SD, done here, with the
+same settings, guidance included.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+import tint_invert
+from common import datasets, diffusion
+
+SHOTS = 5
+DEFAULTS = "no such model has settings of its own"  # so that the script's defaults hold
+
+
+def stable_diffusion_1_5():
+    """The networks of Stable Diffusion 1.5 without their weights. The tokenizer is mini-SD's: only lengths count."""
+    tokenizer = CLIPTokenizer.from_pretrained("assets/mini-sd/tokenizer", model_max_length=77)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+        vae = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=512,
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        )  # fmt: skip
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+        )  # fmt: skip
+    for module in (unet, vae, text_encoder):
+        module.requires_grad_(False).eval()
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+        steps_offset=1,
+    )  # fmt: skip
+    return StableDiffusionPipeline(
+        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler, safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def tflop(function, *args):
+    with FlopCounterMode(display=False) as counter:
+        function(*args)
+    return counter.get_total_flops() / 1e12
+
+
+def measure_iterations(args, num_episodes):
+    """Mean iterations on mini-SD: steps of textual inversion and its validations a class, Adam's steps an image."""
+    dataset, records = datasets.load_dataset("icons_fs", "val"), []
+    for index in range(num_episodes):
+        with tempfile.TemporaryDirectory() as folder:
+            order = datasets.draw_episode(dataset, 5, SHOTS, args.seed, index)
+            datasets.write_images(dataset, {n: o[:SHOTS] for n, o in order.items()}, Path(folder) / "support")
+            own = {"pretrained_model_name_or_path": "assets/mini-sd", "support_dir": f"{folder}/support",
+                   "output_dir": f"{folder}/inversion", "prompt": "an icon of a {}", "class_batch_size": 5,
+                   "fallback_token": "house", "null_text_batch_size": 25}  # fmt: skip
+            tint_invert.main(argparse.Namespace(**vars(args) | own))
+            records += [json.loads(path.read_text()) for path in Path(folder).glob("inversion/*/inversion.json")]
+    curves = [record["textual_inversion_loss"] for record in records]
+    return {
+        "classes": len(records),
+        "textual_inversion_steps": sum(curve[-1][0] for curve in curves) / len(curves),
+        "validations": sum(map(len, curves)) / len(curves),
+        "null_text_steps": sum(n for r in records for n in r["null_text_steps"]) / (SHOTS * len(records)),
+    }
+
+
+def inversion(args, iterations):
+    """TFLOP of inverting a class of five images: its parts and their sum."""
+    pipe = stable_diffusion_1_5()
+    schedule = diffusion.make_schedule(pipe.scheduler, args.num_inference_steps)
+    meta = torch.device("meta")
+    images, z0 = torch.rand(1, 3, 512, 512, device=meta), torch.rand(1, 4, 64, 64, device=meta)
+    prompt_embeds, null_embeds = torch.rand(2, 1, 77, 768, device=meta)
+    null_embeds.requires_grad_()
+    vectors = torch.rand(1, 768, device=meta, requires_grad=True)
+    first_id = len(pipe.tokenizer)
+
+    def loss_of(count):
+        noisy = torch.zeros(count, dtype=torch.long), torch.zeros(count, dtype=torch.long), z0.expand(count, -1, -1, -1)
+        return tint_invert.class_losses(pipe, first_id, vectors, ["a photo of a tree"], [z0], [noisy]).sum()
+
+    def validate():
+        with torch.no_grad():
+            loss_of(args.validation_samples)
+
+    def guided_step():
+        return tint_invert.guided_step(pipe.unet, schedule, z0, 0, z0, null_embeds[:], args.guidance_scale)
+
+    def condition_and_step():
+        with torch.no_grad():
+            diffusion.predict_noise(pipe.unet, schedule, z0, 0, prompt_embeds)
+            guided_step()
+
+    per_image = {
+        "VAE encoding": tflop(diffusion.encode_images, pipe.vae, images),
+        "DDIM inversion": tflop(
+            tint_invert.ddim_inversion, pipe.unet, schedule, z0, prompt_embeds, args.fixed_point_steps
+        ),
+        "null-text: prediction with the prompt, and the step taken": len(schedule.timesteps)
+        * tflop(condition_and_step),
+        "null-text: optimisation": iterations["null_text_steps"]
+        * tflop(lambda: tint_invert.gradient(guided_step().sum(), null_embeds)),
+        "pictures for the record": 2 * tflop(diffusion.decode_latents, pipe.vae, z0),
+    }
+    parts = {name: SHOTS * value for name, value in per_image.items()} | {
+        "textual inversion": iterations["textual_inversion_steps"]
+        * tflop(lambda: tint_invert.gradient(loss_of(args.train_batch_size), vectors)),
+        "textual inversion: validation": iterations["validations"] * tflop(validate),
+    }
+    return {"total": sum(parts.values())} | parts
+
+
+def generation(num_inference_steps):
+    """TFLOP of generating one image."""
+    pipe = stable_diffusion_1_5()
+    schedule = diffusion.make_schedule(pipe.scheduler, num_inference_steps)
+    z, embeds = torch.rand(1, 4, 64, 64, device="meta"), torch.rand(1, 77, 768, device="meta")
+    denoising = tflop(diffusion.denoise, pipe.unet, schedule, z, embeds, embeds[:, None], 7.5)
+    return denoising + tflop(diffusion.decode_latents, pipe.vae, z)
+
+
+def main(args):
+    torch.set_num_threads(args.num_threads)
+    settings = {
+        preset: tint_invert.parse_args(["--preset", preset, "--pretrained_model_name_or_path", DEFAULTS])
+        for preset in ("fast", "reference")
+    }
+    with redirect_stdout(sys.stderr):
+        measured = measure_iterations(settings["fast"], args.num_episodes)
+    reference = settings["reference"]
+    certain = {  # no loop ends on data: the tolerance is never reached on mini-SD
+        "textual_inversion_steps": reference.max_train_steps,
+        "validations": reference.max_train_steps // reference.validation_steps + 1,
+        "null_text_steps": reference.null_text_steps * reference.num_inference_steps,
+    }
+    print(json.dumps({
+        "iterations_measured_on_mini_sd": measured,
+        "inversion_tflop_per_class": inversion(settings["fast"], measured),
+        "reference_preset": {"iterations": certain, "inversion_tflop_per_class": inversion(reference, certain)},
+        "generation_tflop_per_image": generation(settings["fast"].num_inference_steps),
+        "reference_generation_tflop_per_image": generation(reference.num_inference_steps),
+    }, indent=2))  # fmt: skip
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num_episodes", type=int, default=2, help="episodes of five classes to measure on")
+    parser.add_argument("--num_threads", type=int, default=2)
+    main(parser.parse_args())

@@ -1,0 +1,96 @@
+"""Times the inversion of five classes of five images into mini-SD against the reference's way of working. Prints JSON.
+
+    python -m benchmarks.inversion_time
+
+The reference works on one image at a time: 5000 steps of textual inversion a class, each of which encodes its image
+anew, then DDIM and null-text inversion of every image at the paper's settings. A share of that is run, before and after
+ours, and multiplied up; ours, the defaults of tint_invert.py, is run whole.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+import tint_invert
+from common import datasets, diffusion
+from common.images import load_folder
+
+MODEL = "assets/mini-sd"
+
+
+def seconds(function):
+    before = time.perf_counter()
+    function()
+    return time.perf_counter() - before
+
+
+def reference_seconds_per_class(support_dir, num_steps, num_images):
+    """Seconds a class, in parts, multiplied up from `num_steps` steps of textual inversion and `num_images` images."""
+    args = tint_invert.parse_args(["--preset", "reference", "--pretrained_model_name_or_path", MODEL])
+    pipe = diffusion.load_stable_diffusion(MODEL, "cpu")
+    schedule = diffusion.make_schedule(pipe.scheduler, args.num_inference_steps)
+    images, _, names, _ = load_folder(support_dir, 32)
+    words, first_id, vectors, _ = tint_invert.add_new_words(pipe, names[:1], args)
+    vectors, rng = vectors[0].requires_grad_(), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW([vectors], lr=args.learning_rate)
+    text = args.prompt.replace("{}", words[0])
+
+    def textual_inversion():
+        for step in range(num_steps):
+            z0 = diffusion.encode_images(pipe.vae, images[step % 5][None])
+            draw = tint_invert.draw_noisy_latents(z0, pipe.scheduler, 1, args.min_timestep, rng)
+            loss = tint_invert.class_losses(pipe, first_id, vectors, [text], [z0], [draw]).sum()
+            vectors.grad = tint_invert.gradient(loss, vectors)
+            optimizer.step()
+
+    def invert_image(image):
+        z0 = diffusion.encode_images(pipe.vae, image[None])
+        with torch.no_grad():
+            prompt_embeds, empty = diffusion.encode_prompts(pipe, [text, ""]).split(1)
+        trajectory = tint_invert.ddim_inversion(pipe.unet, schedule, z0, prompt_embeds)
+        hidden = tqdm(disable=True)
+        tint_invert.null_text_inversion(pipe.unet, schedule, trajectory, prompt_embeds, empty, args, hidden)
+
+    invert_image(images[0])  # warm
+    return {
+        "textual_inversion": seconds(textual_inversion) * args.max_train_steps / num_steps,
+        "null_text_inversion": sum(seconds(lambda k=k: invert_image(images[k])) for k in range(num_images))
+        * 5
+        / num_images,
+    }
+
+
+def main(args):
+    torch.set_num_threads(args.num_threads)
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = datasets.load_dataset("icons_fs", "val")
+        order = datasets.draw_episode(dataset, 5, 5, 0, 0)
+        supports = Path(folder) / "support"
+        datasets.write_images(dataset, {name: drawn[:5] for name, drawn in order.items()}, supports)
+        sample = supports, args.num_steps, args.num_images
+        reference = [reference_seconds_per_class(*sample)]
+        options = ["--support_dir", str(supports), "--output_dir", f"{folder}/inversion"]
+        with redirect_stdout(sys.stderr):
+            ours = seconds(lambda: tint_invert.main(tint_invert.parse_args(options))) / 5
+        reference.append(reference_seconds_per_class(*sample))
+    parts = {name: sum(run[name] for run in reference) / len(reference) for name in reference[0]}
+    print(json.dumps({
+        "reference_seconds_per_class": sum(parts.values()), "of_which": parts,
+        "reference_measured_twice": [sum(run.values()) for run in reference],
+        "seconds_per_class": ours, "times_faster": sum(parts.values()) / ours,
+    }, indent=2))  # fmt: skip
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num_steps", type=int, default=300, help="the reference's steps that are run")
+    parser.add_argument("--num_images", type=int, default=2, help="the images that are inverted its way")
+    parser.add_argument("--num_threads", type=int, default=2)
+    main(parser.parse_args())

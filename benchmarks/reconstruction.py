@@ -1,0 +1,77 @@
+"""Reconstruction and its cost under several settings of DDIM and null-text inversion, on the same images of Icons-FS.
+
+    python -m benchmarks.reconstruction --split val --num_episodes 2
+
+Each episode inverts five classes of five images into mini-SD, the words being those of the class names, at Stable
+Diffusion's guidance. Prints, for each setting, the PSNR, its difference from the first (the paper's) with a 95%
+interval over episodes, and the TFLOP that an image would take at Stable Diffusion 1.5's size; writes all to
+--output_dir.
+"""
+
+import argparse
+import shlex
+from pathlib import Path
+
+import numpy as np
+import scipy.stats
+import torch
+
+import tint_invert
+from benchmarks import flops
+from common import datasets
+from common.cli import read_json, write_json
+
+SETTINGS = {  # options of tint_invert.py
+    "paper": "--preset reference",
+    "16 and 5": "--fixed_point_steps 0",
+    "16 and 5, one fixed-point step (default)": "",
+    "12 and 5, one fixed-point step": "--num_inference_steps 12",
+    "16 and 3, one fixed-point step": "--null_text_steps 3",
+    "no optimisation, one fixed-point step": "--inversion_method negative_prompt",
+}
+SHARED = "--guidance_scale 7.5 --max_train_steps 0 --class_batch_size 5 --null_text_batch_size 25"
+IN_ALL = "--validation_samples 1 --prompt 'an icon of a {}' --fallback_token house"  # mini-SD's own words
+
+
+def main(args):
+    torch.set_num_threads(args.num_threads)
+    dataset, root, found = datasets.load_dataset("icons_fs", args.split), Path(args.output_dir), {}
+    for index in range(args.num_episodes):
+        supports = root / f"{index:03d}" / "support"
+        if not supports.is_dir():
+            order = datasets.draw_episode(dataset, 5, flops.SHOTS, args.seed, index)
+            datasets.write_images(dataset, {n: o[: flops.SHOTS] for n, o in order.items()}, supports)
+        for name, options in SETTINGS.items():
+            output_dir = root / f"{index:03d}" / name.replace(" ", "_")
+            settings = tint_invert.parse_args(["--pretrained_model_name_or_path", flops.DEFAULTS,
+                                               *shlex.split(f"{options} {SHARED} {IN_ALL}")])  # fmt: skip
+            own = {"pretrained_model_name_or_path": "assets/mini-sd", "support_dir": str(supports)}
+            tint_invert.main(argparse.Namespace(**vars(settings) | own | {"output_dir": str(output_dir)}))
+            records = [read_json(path) for path in sorted(output_dir.glob("*/inversion.json"))]
+            psnr = {k: np.mean([r["reconstruction_psnr_db"][k] for r in records]) for k in ("vae", "null_text")}
+            steps = np.mean([record["null_text_steps"] for record in records])
+            found.setdefault(name, []).append((psnr["null_text"], psnr["vae"], steps, settings))
+    table = {}
+    for name, rows in found.items():
+        psnr, vae, steps = (np.array([row[i] for row in rows]) for i in range(3))
+        iterations = {"textual_inversion_steps": 0, "validations": 0, "null_text_steps": steps.mean()}
+        cost = {k: v for k, v in flops.inversion(rows[0][3], iterations).items() if "null-text" in k or "DDIM" in k}
+        difference = psnr - np.array([row[0] for row in found["paper"]])
+        half = scipy.stats.t.ppf(0.975, len(rows) - 1) * difference.std(ddof=1) / len(rows) ** 0.5
+        table[name] = {
+            "psnr_db": psnr.mean(), "vae_psnr_db": vae.mean(), "minus_paper_db": difference.mean(),
+            "half_width_db": half, "tflop_per_image": sum(cost.values()) / flops.SHOTS, "per_episode_db": psnr.tolist(),
+        }  # fmt: skip
+        print(f"{name:42} {psnr.mean():.2f} dB of {vae.mean():.2f}, minus paper {difference.mean():+.2f} "
+              f"+- {half:.2f}, {sum(cost.values()) / flops.SHOTS:.0f} TFLOP an image", flush=True)  # fmt: skip
+    write_json(root / f"{args.split}.json", {"settings": vars(args), "results": table})
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", default="outputs/reconstruction")
+    parser.add_argument("--split", choices=["val", "novel"], default="val")
+    parser.add_argument("--num_episodes", type=int, default=2, help="at least 2")
+    parser.add_argument("--num_threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    main(parser.parse_args())
