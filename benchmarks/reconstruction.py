@@ -41,10 +41,10 @@ def main(args):
         if not supports.is_dir():
             order = datasets.draw_episode(dataset, 5, flops.SHOTS, args.seed, index)
             datasets.write_images(dataset, {n: o[: flops.SHOTS] for n, o in order.items()}, supports)
-        for name, options in SETTINGS.items():
+        for name in args.settings:
             output_dir = root / f"{index:03d}" / name.replace(" ", "_")
             settings = tint_invert.parse_args(["--pretrained_model_name_or_path", flops.DEFAULTS,
-                                               *shlex.split(f"{options} {SHARED} {IN_ALL}")])  # fmt: skip
+                                               *shlex.split(f"{SETTINGS[name]} {SHARED} {IN_ALL}")])  # fmt: skip
             own = {"pretrained_model_name_or_path": "assets/mini-sd", "support_dir": str(supports)}
             tint_invert.main(argparse.Namespace(**vars(settings) | own | {"output_dir": str(output_dir)}))
             records = [read_json(path) for path in sorted(output_dir.glob("*/inversion.json"))]
@@ -56,13 +56,13 @@ def main(args):
         psnr, vae, steps = (np.array([row[i] for row in rows]) for i in range(3))
         iterations = {"textual_inversion_steps": 0, "validations": 0, "null_text_steps": steps.mean()}
         cost = {k: v for k, v in flops.inversion(rows[0][3], iterations).items() if "null-text" in k or "DDIM" in k}
-        difference = psnr - np.array([row[0] for row in found["paper"]])
+        difference = psnr - np.array([row[0] for row in found[args.settings[0]]])
         half = scipy.stats.t.ppf(0.975, len(rows) - 1) * difference.std(ddof=1) / len(rows) ** 0.5
         table[name] = {
-            "psnr_db": psnr.mean(), "vae_psnr_db": vae.mean(), "minus_paper_db": difference.mean(),
+            "psnr_db": psnr.mean(), "vae_psnr_db": vae.mean(), "minus_first_db": difference.mean(),
             "half_width_db": half, "tflop_per_image": sum(cost.values()) / flops.SHOTS, "per_episode_db": psnr.tolist(),
         }  # fmt: skip
-        print(f"{name:42} {psnr.mean():.2f} dB of {vae.mean():.2f}, minus paper {difference.mean():+.2f} "
+        print(f"{name:42} {psnr.mean():.2f} dB of {vae.mean():.2f}, minus {args.settings[0]} {difference.mean():+.2f} "
               f"+- {half:.2f}, {sum(cost.values()) / flops.SHOTS:.0f} TFLOP an image", flush=True)  # fmt: skip
     write_json(root / f"{args.split}.json", {"settings": vars(args), "results": table})
 
@@ -72,6 +72,9 @@ if __name__ == "__main__":
     parser.add_argument("--output_dir", default="outputs/reconstruction")
     parser.add_argument("--split", choices=["val", "novel"], default="val")
     parser.add_argument("--num_episodes", type=int, default=2, help="at least 2")
+    parser.add_argument(
+        "--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="the first is compared to"
+    )
     parser.add_argument("--num_threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     main(parser.parse_args())
