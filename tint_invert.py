@@ -43,8 +43,7 @@ from common.images import list_images, load_image, open_image, save_grid
 REFERENCE = {  # the paper's settings
     "max_train_steps": 5000, "train_batch_size": 1, "learning_rate": 1e-3, "lr_scheduler": "constant", "patience": 0,
     "validation_steps": 500, "num_inference_steps": 25, "guidance_scale": 7.5, "fixed_point_steps": 0,
-    "inversion_method": "null_text", "null_text_learning_rate": 1e-2, "null_text_steps": 10,
-    "null_text_tolerance": 1e-5,
+    "null_text_start": 0.0, "null_text_learning_rate": 1e-2, "null_text_steps": 10, "null_text_tolerance": 1e-5,
 }  # fmt: skip
 HOW = ("support_dir", "class_batch_size", "null_text_batch_size", "gradient_checkpointing")  # not what is computed
 
@@ -293,7 +292,7 @@ def invert_images(images_per_class, latents, texts, pipe, schedule, args, accele
             done = partial / f"images-{k}.safetensors"
             if not done.is_file():
                 trajectory = ddim_inversion(pipe.unet, schedule, z0, c, args.fixed_point_steps)
-                null = c if args.inversion_method == "negative_prompt" else empty.expand(len(z0), -1, -1)
+                null = torch.lerp(empty.expand_as(c), c, args.null_text_start)
                 null, reached, num_steps = null_text_inversion(pipe.unet, schedule, trajectory, c, null, args, progress)
                 result = {
                     "latents": trajectory[0],
@@ -445,6 +444,8 @@ def main(args):
     classes = list_images(args.support_dir)
     if args.prompt.count("{}") != 1:
         raise UserError(f"--prompt {args.prompt!r} must hold {{}} once, where the learned word goes.")
+    if not 0 <= args.null_text_start <= 1:
+        raise UserError(f"--null_text_start {args.null_text_start}: must lie between 0 and 1.")
     by_word = {}
     for name in classes:
         by_word.setdefault(placeholder_token(name), []).append(name)
@@ -469,8 +470,6 @@ def main(args):
     if args.min_timestep >= pipe.scheduler.config.num_train_timesteps:
         raise UserError(f"--min_timestep {args.min_timestep}: the model's timesteps end before.")
 
-    if args.inversion_method == "negative_prompt":
-        args.null_text_steps = 0
     settings = settings_of(args, *HOW)
     mine = list(classes)[accelerator.process_index :: accelerator.num_processes]
     mine = [
@@ -546,10 +545,11 @@ def parse_args(argv=None):
     group("--null_text_tolerance", type=float, default=3e-4, help="mean squared error that is close enough")
     group("--fixed_point_steps", type=natural_int, default=1, help="more evaluations a step of DDIM inversion")
     group(
-        "--inversion_method",
-        choices=["null_text", "negative_prompt"],
-        default="null_text",
-        help="negative_prompt (2305.16807): the prompt stands for the null-text, and nothing is optimised",
+        "--null_text_start",
+        type=float,
+        default=0.5,
+        help="from the empty prompt, 0 (the paper), to the prompt, 1, with which nothing is guided, so that no step is "
+        "needed either (negative-prompt inversion, 2305.16807)",
     )
     group("--compare_ddim", action="store_true", help="also reconstruct with the empty prompt, for the record")
     group("--null_text_batch_size", type=positive_int, default=5, help="images that are inverted together")

@@ -23,11 +23,13 @@ from common.cli import read_json, write_json
 
 SETTINGS = {  # options of tint_invert.py
     "paper": "--preset reference",
-    "16 and 5": "--fixed_point_steps 0",
-    "16 and 5, one fixed-point step (default)": "",
-    "12 and 5, one fixed-point step": "--num_inference_steps 12",
-    "16 and 3, one fixed-point step": "--null_text_steps 3",
-    "no optimisation, one fixed-point step": "--inversion_method negative_prompt",
+    "default": "",
+    "no fixed-point step": "--fixed_point_steps 0",
+    "from the empty prompt": "--null_text_start 0",
+    "from the prompt": "--null_text_start 1",
+    "from the prompt, no steps of Adam": "--null_text_start 1 --null_text_steps 0",
+    "3 steps of Adam": "--null_text_steps 3",
+    "12 DDIM steps": "--num_inference_steps 12",
 }
 SHARED = "--guidance_scale 7.5 --max_train_steps 0 --class_batch_size 5 --null_text_batch_size 25"
 IN_ALL = "--validation_samples 1 --prompt 'an icon of a {}' --fallback_token house"  # mini-SD's own words
@@ -62,7 +64,7 @@ def main(args):
             "psnr_db": psnr.mean(), "vae_psnr_db": vae.mean(), "minus_first_db": difference.mean(),
             "half_width_db": half, "tflop_per_image": sum(cost.values()) / flops.SHOTS, "per_episode_db": psnr.tolist(),
         }  # fmt: skip
-        print(f"{name:42} {psnr.mean():.2f} dB of {vae.mean():.2f}, minus {args.settings[0]} {difference.mean():+.2f} "
+        print(f"{name:34} {psnr.mean():.2f} dB of {vae.mean():.2f}, minus {args.settings[0]} {difference.mean():+.2f} "
               f"+- {half:.2f}, {sum(cost.values()) / flops.SHOTS:.0f} TFLOP an image", flush=True)  # fmt: skip
     write_json(root / f"{args.split}.json", {"settings": vars(args), "results": table})
 

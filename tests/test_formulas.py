@@ -177,7 +177,7 @@ def test_the_reference_preset_is_the_papers_and_the_command_line_has_the_last_wo
     args = tint_invert.parse_args(["--preset", "reference", "--null_text_steps", "3"])
     assert (args.max_train_steps, args.train_batch_size, args.learning_rate, args.patience) == (5000, 1, 1e-3, 0)
     assert (args.num_inference_steps, args.guidance_scale, args.null_text_tolerance) == (25, 7.5, 1e-5)
-    assert args.null_text_steps == 3 and args.fixed_point_steps == 0
+    assert args.null_text_steps == 3 and args.fixed_point_steps == 0 == args.null_text_start
     assert args.prompt == "an icon of a {}"  # the model's own, which the paper says nothing of
 
 

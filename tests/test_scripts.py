@@ -191,7 +191,7 @@ def test_inversion_without_optimisation(run_dir, tmp_path):
     """With the prompt for null-text nothing is guided, and DDIM inversion comes back if fixed-point steps mend it."""
     psnr = {}
     for steps in (0, 3):
-        options = ("--inversion_method", "negative_prompt", "--fixed_point_steps", steps, "--max_train_steps", 0)
+        options = ("--null_text_start", 1, "--null_text_steps", 0, "--fixed_point_steps", steps, "--max_train_steps", 0)
         launch("tint_invert.py", "--support_dir", run_dir / "support", "--output_dir", tmp_path / str(steps), *options)
         records = [json.loads(p.read_text()) for p in (tmp_path / str(steps)).glob("*/inversion.json")]
         assert all(n == 0 for record in records for n in record["null_text_steps"])
