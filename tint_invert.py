@@ -276,9 +276,9 @@ def invert_images(images_per_class, latents, texts, pipe, schedule, args, accele
         latents: per class z_0 [S_c, C, h, w]. texts: the prompt of each class.
         partial: folder of the batches that an interrupted run has done.
     Returns:
-        per class {"latents": z_T [S_c, C, h, w], "null_embeddings": [S_c, T, L, D], "null_text": the z_0 that guided
-        denoising reaches with them, "num_steps": Adam's steps [S_c], and with --compare_ddim "ddim": the z_0 that it
-        reaches with the empty prompt}.
+        per class {"latents": z_T [S_c, C, h, w], "null_offsets": the null-text less the empty prompt [S_c, T, L, D],
+        float16, "null_text": the z_0 that guided denoising reaches with it, "num_steps": Adam's steps [S_c], and with
+        --compare_ddim "ddim": the z_0 that it reaches with the empty prompt}.
     """
     counts = torch.tensor(images_per_class)
     with torch.no_grad():
@@ -296,7 +296,7 @@ def invert_images(images_per_class, latents, texts, pipe, schedule, args, accele
                 null, reached, num_steps = null_text_inversion(pipe.unet, schedule, trajectory, c, null, args, progress)
                 result = {
                     "latents": trajectory[0],
-                    "null_embeddings": null,
+                    "null_offsets": (null - empty).half(),
                     "null_text": reached,
                     "num_steps": num_steps,
                 }
@@ -368,16 +368,20 @@ def psnr(images, references):
     return -10 * ((images - references) ** 2).mean((1, 2, 3)).log10()
 
 
-def invert_classes(names, paths, pipe, schedule, upscaler, args, accelerator):
-    """Inverts the images of several classes together, and writes each class's folder."""
+def invert_classes(names, paths, settings, pipe, schedule, upscaler, args, accelerator):
+    """Inverts the images of several classes together, and writes each class's folder.
+
+    Args:
+        paths, settings: of each class its images, and the settings for its record.
+    """
     device = accelerator.device
     images = [[load_support(path, args.resolution, upscaler) for path in paths[name]] for name in names]
     images = [torch.stack(batch).to(device) for batch in images]
     latents = [torch.cat([diffusion.encode_images(pipe.vae, x[None]) for x in batch]) for batch in images]
     counts = [len(batch) for batch in images]
 
-    settings = {name: settings_of(args, *HOW) | {"support_images": fingerprint(paths[name])} for name in names}
-    partial = Path(args.output_dir) / f".partial-{digest(settings, args.null_text_batch_size)}"
+    key = digest({name: settings[name] for name in names}, args.null_text_batch_size)
+    partial = Path(args.output_dir) / f".partial-{key}"
     words, first_id, vectors, initializers = add_new_words(pipe, names, args)
     vectors, curves = textual_inversion(pipe, names, words, latents, first_id, vectors, args, accelerator, partial)
     pipe.text_encoder.get_input_embeddings().weight.data[first_id:] = vectors.flatten(0, 1)
@@ -390,14 +394,11 @@ def invert_classes(names, paths, pipe, schedule, upscaler, args, accelerator):
             counts, latents, texts, pipe, schedule, args, accelerator, partial / "plain"
         )
 
-    with torch.no_grad():
-        empty = diffusion.encode_prompts(pipe, [""])
     for c, name in enumerate(names):
         folder = Path(args.output_dir) / name
         save_tensors(folder / "learned_embeds.safetensors", {words[c]: vectors[c]})
         for file, results in inverted.items():
-            offsets = (results[c]["null_embeddings"] - empty).half()
-            save_tensors(folder / f"{file}.safetensors", {"latents": results[c]["latents"], "null_offsets": offsets})
+            save_tensors(folder / f"{file}.safetensors", {k: results[c][k] for k in ("latents", "null_offsets")})
         result = {"vae": latents[c]} | inverted["null_text"][c]
         decoded = {
             kind: torch.cat([diffusion.decode_latents(pipe.vae, z[None]) for z in result[kind]])
@@ -470,18 +471,12 @@ def main(args):
     if args.min_timestep >= pipe.scheduler.config.num_train_timesteps:
         raise UserError(f"--min_timestep {args.min_timestep}: the model's timesteps end before.")
 
-    settings = settings_of(args, *HOW)
     mine = list(classes)[accelerator.process_index :: accelerator.num_processes]
-    mine = [
-        name
-        for name in mine
-        if not check_settings(
-            Path(args.output_dir) / name / "inversion.json",
-            settings | {"support_images": fingerprint(classes[name])},
-        )
-    ]
+    settings = {name: settings_of(args, *HOW) | {"support_images": fingerprint(classes[name])} for name in mine}
+    mine = [n for n in mine if not check_settings(Path(args.output_dir) / n / "inversion.json", settings[n])]
     for i in range(0, len(mine), args.class_batch_size):
-        invert_classes(mine[i : i + args.class_batch_size], classes, pipe, schedule, upscaler, args, accelerator)
+        names = mine[i : i + args.class_batch_size]
+        invert_classes(names, classes, settings, pipe, schedule, upscaler, args, accelerator)
     new = accelerator.gather(torch.tensor([len(mine)], device=accelerator.device)).sum().item()
     if accelerator.is_main_process:
         for folder in Path(args.output_dir).glob(".partial-*"):  # of other settings

@@ -75,8 +75,7 @@ def main(args):
     for index in range(args.num_episodes):
         folder = root / args.split / f"{index:03d}"
         if not (folder / "support").is_dir():
-            order = datasets.draw_episode(dataset, args.num_ways, args.num_shots, args.seed, index)
-            datasets.write_images(dataset, {n: o[: args.num_shots] for n, o in order.items()}, folder / "support")
+            datasets.write_supports(dataset, args.num_ways, args.num_shots, args.seed, index, folder / "support")
         settings = tint_invert.parse_args(["--support_dir", str(folder / "support"), "--output_dir",
                                            str(folder / "inversion"), "--validation_samples", "64",
                                            "--seed", str(index), *args.invert])  # fmt: skip

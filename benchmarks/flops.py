@@ -22,6 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import tint_invert
 from common import datasets, diffusion
+from common.cli import read_json
 
 SHOTS = 5
 DEFAULTS = "no such model has settings of its own"  # so that the script's defaults hold
@@ -60,18 +61,22 @@ def tflop(function, *args):
     return counter.get_total_flops() / 1e12
 
 
+def invert_into_mini_sd(args, support_dir, output_dir):
+    """Runs tint_invert.py on mini-SD with the settings `args` of another model. Returns the record of each class."""
+    own = {"pretrained_model_name_or_path": "assets/mini-sd", "prompt": "an icon of a {}", "fallback_token": "house",
+           "class_batch_size": 5, "null_text_batch_size": 25,
+           "support_dir": str(support_dir), "output_dir": str(output_dir)}  # fmt: skip
+    tint_invert.main(argparse.Namespace(**vars(args) | own))
+    return [read_json(path) for path in sorted(Path(output_dir).glob("*/inversion.json"))]
+
+
 def measure_iterations(args, num_episodes):
     """Mean iterations on mini-SD: steps of textual inversion and its validations a class, Adam's steps an image."""
     dataset, records = datasets.load_dataset("icons_fs", "val"), []
     for index in range(num_episodes):
         with tempfile.TemporaryDirectory() as folder:
-            order = datasets.draw_episode(dataset, 5, SHOTS, args.seed, index)
-            datasets.write_images(dataset, {n: o[:SHOTS] for n, o in order.items()}, Path(folder) / "support")
-            own = {"pretrained_model_name_or_path": "assets/mini-sd", "support_dir": f"{folder}/support",
-                   "output_dir": f"{folder}/inversion", "prompt": "an icon of a {}", "class_batch_size": 5,
-                   "fallback_token": "house", "null_text_batch_size": 25}  # fmt: skip
-            tint_invert.main(argparse.Namespace(**vars(args) | own))
-            records += [json.loads(path.read_text()) for path in Path(folder).glob("inversion/*/inversion.json")]
+            datasets.write_supports(dataset, 5, SHOTS, args.seed, index, Path(folder) / "support")
+            records += invert_into_mini_sd(args, f"{folder}/support", f"{folder}/inversion")
     curves = [record["textual_inversion_loss"] for record in records]
     return {
         "classes": len(records),

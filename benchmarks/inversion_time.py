@@ -71,9 +71,8 @@ def main(args):
     torch.set_num_threads(args.num_threads)
     with tempfile.TemporaryDirectory() as folder:
         dataset = datasets.load_dataset("icons_fs", "val")
-        order = datasets.draw_episode(dataset, 5, 5, 0, 0)
         supports = Path(folder) / "support"
-        datasets.write_images(dataset, {name: drawn[:5] for name, drawn in order.items()}, supports)
+        datasets.write_supports(dataset, 5, 5, 0, 0, supports)
         sample = supports, args.num_steps, args.num_images
         reference = [reference_seconds_per_class(*sample)]
         options = ["--support_dir", str(supports), "--output_dir", f"{folder}/inversion"]

@@ -19,7 +19,7 @@ import torch
 import tint_invert
 from benchmarks import flops
 from common import datasets
-from common.cli import read_json, write_json
+from common.cli import write_json
 
 SETTINGS = {  # options of tint_invert.py
     "paper": "--preset reference",
@@ -31,8 +31,7 @@ SETTINGS = {  # options of tint_invert.py
     "3 steps of Adam": "--null_text_steps 3",
     "12 DDIM steps": "--num_inference_steps 12",
 }
-SHARED = "--guidance_scale 7.5 --max_train_steps 0 --class_batch_size 5 --null_text_batch_size 25"
-IN_ALL = "--validation_samples 1 --prompt 'an icon of a {}' --fallback_token house"  # mini-SD's own words
+SHARED = "--guidance_scale 7.5 --max_train_steps 0 --validation_samples 1"
 
 
 def main(args):
@@ -41,15 +40,12 @@ def main(args):
     for index in range(args.num_episodes):
         supports = root / f"{index:03d}" / "support"
         if not supports.is_dir():
-            order = datasets.draw_episode(dataset, 5, flops.SHOTS, args.seed, index)
-            datasets.write_images(dataset, {n: o[: flops.SHOTS] for n, o in order.items()}, supports)
+            datasets.write_supports(dataset, 5, flops.SHOTS, args.seed, index, supports)
         for name in args.settings:
             output_dir = root / f"{index:03d}" / name.replace(" ", "_")
-            settings = tint_invert.parse_args(["--pretrained_model_name_or_path", flops.DEFAULTS,
-                                               *shlex.split(f"{SETTINGS[name]} {SHARED} {IN_ALL}")])  # fmt: skip
-            own = {"pretrained_model_name_or_path": "assets/mini-sd", "support_dir": str(supports)}
-            tint_invert.main(argparse.Namespace(**vars(settings) | own | {"output_dir": str(output_dir)}))
-            records = [read_json(path) for path in sorted(output_dir.glob("*/inversion.json"))]
+            options = f"--pretrained_model_name_or_path '{flops.DEFAULTS}' {SETTINGS[name]} {SHARED}"
+            settings = tint_invert.parse_args(shlex.split(options))
+            records = flops.invert_into_mini_sd(settings, supports, output_dir)
             psnr = {k: np.mean([r["reconstruction_psnr_db"][k] for r in records]) for k in ("vae", "null_text")}
             steps = np.mean([record["null_text_steps"] for record in records])
             found.setdefault(name, []).append((psnr["null_text"], psnr["vae"], steps, settings))

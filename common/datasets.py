@@ -194,6 +194,12 @@ def write_images(dataset, chosen, folder):
     temporary.replace(folder)
 
 
+def write_supports(dataset, num_ways, num_shots, seed, index, folder):
+    """Writes the supports of an episode as `folder`/<class>/*.png."""
+    order = draw_episode(dataset, num_ways, num_shots, seed, index)
+    write_images(dataset, {name: drawn[:num_shots] for name, drawn in order.items()}, folder)
+
+
 def main(args):
     output_dir = Path(args.output_dir)
     if (output_dir / "support").exists():

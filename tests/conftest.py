@@ -18,10 +18,9 @@ ACCELERATE = [
     "--mixed_precision", "no", "--dynamo_backend", "no",
 ]  # fmt: skip
 PYTHON = [sys.executable]
-TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-THREE_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "3", "--standalone"]
-
-
+TWO_PROCESSES, THREE_PROCESSES = (
+    [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", number, "--standalone"] for number in "23"
+)
 ENVIRONMENT = dict(os.environ, HF_HUB_OFFLINE="1", TQDM_DISABLE="1", PYTHONPATH=str(ROOT))
 
 
