@@ -32,6 +32,7 @@ from common.cli import (
     write_json,
 )
 from common.images import list_images, load_folder, open_image
+from common.shards import list_samples, open_samples
 
 
 class Views(Dataset):
@@ -149,8 +150,7 @@ def main(args):
     classes = list_images(args.support_dir)
     if len(classes) < 2:
         raise UserError(f"{args.support_dir} holds one class only: there is nothing to tell apart.")
-    generated = {} if args.supports_only else list_images(args.train_dir, classes)
-    generated = [path for group in generated.values() for path in group]
+    generated = [] if args.supports_only else list_samples(args.train_dir, classes)
     settings = settings_of(args, "dataloader_num_workers", "support_dir", "train_dir") | {
         "support_images": fingerprint(path for group in classes.values() for path in group),
         "generated_images": fingerprint(generated),
@@ -168,9 +168,10 @@ def main(args):
     if is_trained(args.student):
         imprint(student, supports, labels, args.teacher_scale)
 
+    generated = [image for _, image in open_samples(args.train_dir, size)] if generated else []
     views = Views(
         [open_image(path, size) for path in paths],
-        [open_image(path, size) for path in generated],
+        generated,
         args.support_ratio,
         augmentation(size, args),
         args.seed,
@@ -221,7 +222,7 @@ def parse_args(argv=None):
     parser = argument_parser(__doc__, "outputs/demo/student")
     add = parser.add_argument
     add("--support_dir", default="outputs/demo/support", help="the real images: one folder per class")
-    add("--train_dir", default="outputs/demo/generated", help="generated images: one folder per class")
+    add("--train_dir", default="outputs/demo/generated", help="generated images: one folder per class, or tar shards")
     add("--supports_only", action="store_true", help="train on the supports alone, without --train_dir")
     add("--teacher", default="assets/teacher", help="timm backbone: model folder, timm name or hf-hub:name")
     add("--teacher_scale", type=float, default=10.0, help="inverse softmax temperature of cosine similarities")

@@ -12,6 +12,11 @@ what they have in common. Finished work is kept: more episodes, queries or arms 
     accelerate launch evaluate.py --dataset icons_fs --num_episodes 30 --num_shots 5 \\
         --methods teacher prototypes supports tint "free=tint --generate.alpha 1" --output_dir outputs/benchmark
 
+On generated images: how specific and how diverse they are in the teacher's feature space, at each alpha.
+
+    python evaluate.py --generated_dir outputs/demo/generated --support_dir outputs/demo/support \\
+        --data_dir outputs/demo/query
+
 Planning: the cheapest numbers of episodes and queries for a wanted precision (theorem 1 of 2406.03146).
 
     python evaluate.py --plan --pilot outputs/benchmark/results.json --half_width 0.01
@@ -34,9 +39,10 @@ from common.cli import (
     start,
     write_json,
 )
-from common.images import list_images, load_folder, load_image
+from common.images import as_tensor, list_images, load_folder, load_image
 from common.onnx_model import OnnxClassifier
-from common.report import data_uri, percent, with_interval, write_report
+from common.report import data_uri, generated_table, percent, with_interval, write_report
+from common.shards import open_samples
 from common.tensorrt_engine import EngineClassifier
 
 OPTIONS = ("model", "data_dir", "support_dir", "teacher_image_size", "batch_size", "seed")  # that count on a folder
@@ -153,15 +159,22 @@ def summarise(predictions, confidences, labels, classes, names, paths, num_worst
     }
 
 
-def evaluate_folder(args):
-    """Accuracy of each --model on the images of --data_dir: results.json and report.html."""
-    specs = {}
-    for spec in args.model:
+def named_paths(specs):
+    """{name: path} of a list of [NAME=]PATH; without a name the path is the name."""
+    paths = {}
+    for spec in specs:
         name, separator, path = spec.partition("=")
         named = separator and "/" not in name
-        specs[name if named else spec] = path if named else spec
-    if len(specs) < len(args.model):
-        raise UserError(f"--model {' '.join(args.model)}: two models have the same name.")
+        paths[name if named else spec] = path if named else spec
+    if len(paths) < len(specs):
+        raise UserError(f"{' '.join(specs)}: two have the same name; say NAME=PATH.")
+    return paths
+
+
+def evaluate_folder(args):
+    """Accuracy of each --model on the images of --data_dir: results.json and report.html."""
+    specs = named_paths(args.model)
+    args.data_dir = args.data_dir or "outputs/demo/query"
     by_class = list_images(args.data_dir)
     classes = list(by_class)
     paths = [path for name in classes for path in by_class[name]]
@@ -188,6 +201,93 @@ def evaluate_folder(args):
     width = max(map(len, methods))
     for name, result in methods.items():
         accelerator.print(f"{name:{width}}  {with_interval(result)} %  by {result['classifier']}")
+
+
+def distances(a, b):
+    """Cosine distances [N, M] of unit features [N, D] and [M, D], from 0 to 2; infinite from a feature to itself."""
+    d = 1 - a @ b.T
+    return d.fill_diagonal_(float("inf")) if a is b else d
+
+
+def specificity_and_diversity(f, answers, labels, support_f, support_labels):
+    """How well images keep to their classes, and how much they vary within them.
+
+    Args:
+        f: unit features [N, D]. answers: the teacher's classes [N]. labels: what the images should be [N].
+        support_f, support_labels: those of the supports; the same objects where the images are the supports.
+    Returns:
+        {"images": N, "agreement": share of answers that are the label, with its Wilson interval, "nearest_support":
+        mean cosine distance to the nearest (other) support of the class, "pairwise": mean cosine distance of two
+        images of a class, the mean over classes}; None where there is no pair.
+    """
+    nearest, pairwise = [], []
+    for c in labels.unique():
+        own = f[labels == c]
+        near = distances(own, own if f is support_f else support_f[support_labels == c])
+        nearest.append(near.min(1).values)
+        if len(own) > 1:
+            pairwise.append((1 - own @ own.T).sum() / (len(own) * (len(own) - 1)))
+    nearest = torch.cat(nearest)
+    hits = int((answers == labels).sum())
+    return {
+        "images": len(labels),
+        "agreement": {"mean": hits / len(labels), "ci95": statistics.wilson_interval(hits, len(labels))},
+        "nearest_support": nearest.mean().item() if nearest.isfinite().all() else None,
+        "pairwise": torch.stack(pairwise).mean().item() if pairwise else None,
+    }
+
+
+@torch.no_grad()
+def embed(folder, teacher, classes, batch_size):
+    """Unit features [N, D] of the images of a folder, the teacher's answers [N], labels [N], and alphas (list)."""
+    rows, images, found = [], [], []
+    for row, image in open_samples(folder, models.input_size(teacher)[0]):
+        if row["label"] not in classes:
+            raise UserError(f"{folder} has images of {row['label']}, of which there are no supports.")
+        rows.append(row)
+        images.append(as_tensor(image))
+        if len(images) == batch_size:
+            found.append(teacher.embed(torch.stack(images).to(teacher.center.device)))
+            images.clear()
+    if images:
+        found.append(teacher.embed(torch.stack(images).to(teacher.center.device)))
+    f = torch.cat(found)
+    labels = torch.tensor([classes.index(row["label"]) for row in rows])
+    return f.cpu(), (f @ teacher.prototypes.T).argmax(-1).cpu(), labels, [row.get("alpha") for row in rows]
+
+
+def evaluate_generated(args):
+    """Specificity and diversity of each --generated_dir at each alpha: results.json and report.html."""
+    if not args.support_dir:
+        raise UserError("--generated_dir needs --support_dir, the images that they were generated from.")
+    accelerator = start(args)
+    model = models.load_model(args.teacher, image_size=args.teacher_image_size).to(accelerator.device)
+    supports, support_labels, classes, _ = load_folder(args.support_dir, models.input_size(model)[0])
+    teacher = models.PrototypeClassifier(model, supports.to(accelerator.device), support_labels)
+
+    support_f, answers, labels, _ = embed(args.support_dir, teacher, classes, args.batch_size)
+    support = support_f, labels
+    real = {"supports": specificity_and_diversity(support_f, answers, labels, *support)}
+    if args.data_dir:
+        f, answers, labels, _ = embed(args.data_dir, teacher, classes, args.batch_size)
+        real["real images"] = specificity_and_diversity(f, answers, labels, *support)
+    sets = {}
+    for name, folder in named_paths(args.generated_dir).items():
+        f, answers, labels, alphas = embed(folder, teacher, classes, args.batch_size)
+        if len(set(alphas)) > 12:  # drawn at random
+            alphas = [round(5 * alpha) / 5 for alpha in alphas]
+        sets[name] = []
+        for alpha in sorted(set(alphas), key=lambda a: -1 if a is None else a):
+            at = torch.tensor([a == alpha for a in alphas])
+            sets[name].append({"alpha": alpha} | specificity_and_diversity(f[at], answers[at], labels[at], *support))
+    results = {"kind": "generated", "classes": classes, "real": real, "sets": sets}
+    results |= provenance(args, ("generated_dir", "support_dir", "data_dir", "teacher", "teacher_image_size"))
+    if accelerator.is_main_process:
+        write_json(Path(args.output_dir) / "results.json", results)
+        write_report(Path(args.output_dir) / "report.html", results)
+    for row in generated_table(results):
+        accelerator.print("{:24}{:>7}{:>8}{:>22}{:>17}{:>10}".format(*row))
+    accelerator.end_training()
 
 
 def read_pilot(args):
@@ -253,6 +353,8 @@ def plan(args):
 def main(args):
     if args.plan:
         plan(args)
+    elif args.generated_dir:
+        evaluate_generated(args)
     elif args.dataset:
         episodes.evaluate_episodes(args)
     else:
@@ -276,8 +378,16 @@ def parse_args(argv=None):
         metavar="[NAME=]PATH",
         help="model folders, timm names, ONNX files or TensorRT engines to measure on the same images",
     )
-    add("--data_dir", default="outputs/demo/query", help="the images to measure on: one folder per class")
+    add("--data_dir", help="the images to measure on: one folder per class; default: outputs/demo/query")
     add("--support_dir", help="support images, for models that do not know the classes")
+    add = parser.add_argument_group("generated images").add_argument
+    add(
+        "--generated_dir",
+        nargs="+",
+        metavar="[NAME=]DIR",
+        help="what tint_generate.py wrote: measured against --support_dir with --teacher; --data_dir are real images "
+        "of the classes, the yardstick",
+    )
     add = parser.add_argument_group("methods over episodes").add_argument
     add("--dataset", help=f"{', '.join(datasets.DATASETS)}, or a folder of class folders with splits.json")
     add("--dataset_dir", help="where the data set lies; default: data/<name>")

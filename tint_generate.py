@@ -8,6 +8,7 @@ paper): alpha 0 gives the image back, alpha 1 a free sample of the class.
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -22,14 +23,20 @@ from common.cli import (
     check_settings,
     fingerprint,
     generator,
+    peak_memory,
     positive_int,
+    read_json_lines,
     run,
     settings_of,
     start,
-    whole_file,
     write_json,
+    write_json_lines,
 )
-from common.images import load_image, save_grid, save_image
+from common.images import as_tensor, encode_image, load_image, save_grid, save_image
+from common.models import PrototypeClassifier, input_size, load_model
+from common.shards import open_samples, write_shard
+
+ROWS = ".rows"  # metadata of the chunks that an unfinished run has made
 
 
 def rms(z):
@@ -63,40 +70,93 @@ def plan_images(names, supports, args):
     rows = []
     for name in names:
         for index in range(args.num_images_per_class):
-            row = {"file_name": f"{name}/{index:05d}.png", "label": name, "index": index, "seed": args.seed}
+            turn, k = divmod(index, len(args.alpha))
+            row = {"label": name, "index": index, "seed": args.seed}
+            row["guidance_scale"] = args.guidance_scale[k % len(args.guidance_scale)]
             if args.method != "textual_inversion":
-                support = index // len(args.alpha) % len(supports[name])
-                alpha = args.alpha[index % len(args.alpha)]
+                support, alpha = turn % len(supports[name]), args.alpha[k]
+                if alpha == "uniform":
+                    alpha = torch.rand((), generator=generator(args.seed, name, index, "alpha")).item()
                 row |= {"support": support, "support_image": supports[name][support], "alpha": alpha}
             rows.append(row)
     return rows
 
 
-def starting_point(rows, folders, pipe, prompt_embeds, empty, args):
-    """Latents z [B, C, h, w], text embeddings [B, L, D] and null-text embeddings [B, T, L, D] of a batch of images."""
-    channels, side = pipe.unet.config.in_channels, folders[rows[0]["label"]]["latent_side"]
-    rngs = [generator(row["seed"], row["label"], row["index"]) for row in rows]
-    noise = torch.stack([torch.randn(channels, side, side, generator=rng) for rng in rngs])
-    prompt_embeds = torch.stack([prompt_embeds[row["label"]] for row in rows])
-    if args.method == "textual_inversion":
-        return noise, prompt_embeds, empty[None].expand(len(rows), -1, -1, -1)
+def starting_point(rows, folders, schedule, prompt_embeds, empty, args):
+    """How the walk of a batch of images begins, and what leads it.
+
+    Returns:
+        latents z [B, C, h, w]; text embeddings [B, L, D]; null-text embeddings [B, T, L, D], or [B, 1, L, D] for all
+        steps; the step at which each image joins [B].
+    """
     files = [folders[row["label"]]["null_text"] for row in rows]
-    z_T = torch.stack([file.get_slice("latents")[row["support"]] for file, row in zip(files, rows)])
-    offsets = torch.stack([file.get_slice("null_offsets")[row["support"]] for file, row in zip(files, rows)])
+    shape = files[0].get_slice("latents").get_shape()[1:]
+    rngs = [generator(row["seed"], row["label"], row["index"]) for row in rows]
+    noise = torch.stack([torch.randn(shape, generator=rng) for rng in rngs])
+    prompt_embeds = torch.stack([prompt_embeds[row["label"]] for row in rows])
+    first_step = torch.zeros(len(rows), dtype=torch.long)
+    null = empty[None].expand(len(rows), -1, -1, -1)
+    if args.method == "textual_inversion":
+        return noise, prompt_embeds, null, first_step
+
+    def of_supports(tensor):
+        return torch.stack([file.get_slice(tensor)[row["support"]] for file, row in zip(files, rows)]).float()
+
     alpha = torch.tensor([row["alpha"] for row in rows])
+    if args.method == "img2img":  # noised to the share alpha of the way (SDEdit, 2108.01073; DA-Fusion, 2302.07944)
+        num_steps = len(schedule.timesteps)
+        first_step = num_steps - (alpha * num_steps).round().long()
+        abar = torch.tensor(schedule.abar)[first_step][:, None, None, None]
+        return abar.sqrt() * of_supports("image_latents") + (1 - abar).sqrt() * noise, prompt_embeds, null, first_step
     share = (1 - args.null_text_fade * alpha).clamp(min=0)[:, None, None, None]
-    return blend(z_T, noise, alpha), prompt_embeds, empty + share * offsets.float()
+    null = empty + share * of_supports("null_offsets")
+    return blend(of_supports("latents"), noise, alpha), prompt_embeds, null, first_step
+
+
+def guided_steps(num_steps, wanted):
+    """The steps at which the unconditional prediction is made, spread evenly: `wanted` of `num_steps`."""
+    wanted = min(wanted, num_steps)
+    return [k * num_steps // wanted for k in range(wanted)]
 
 
 def generate(rows, folders, pipe, schedule, prompt_embeds, empty, device, args):
     """The images [B, 3, H, W] in [0, 1] of a batch of rows."""
-    start_at = starting_point(rows, folders, pipe, prompt_embeds, empty, args)
-    z, prompts, null = (x.to(device) for x in start_at)
-    z = diffusion.denoise(pipe.unet, schedule, z, prompts, null, args.guidance_scale)
+    start_at = starting_point(rows, folders, schedule, prompt_embeds, empty, args)
+    z, prompts, null, first_step = (x.to(device) for x in start_at)
+    w = torch.tensor([row["guidance_scale"] for row in rows], device=device)
+    guided = guided_steps(len(schedule.timesteps), args.guidance_steps)
+    z = diffusion.denoise(pipe.unet, schedule, z, prompts, null, w, guided, first_step)
     images = diffusion.decode_latents(pipe.vae, z)
     if images.shape[-1] != args.image_size:
         images = TF.resize(images, [args.image_size] * 2, TF.InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
     return images
+
+
+def load_filter(folders, args, device):
+    """The teacher, specialised by cosine prototypes on the support images of the classes in `folders`."""
+    paths = {
+        name: [Path(args.support_dir or facts["support_dir"]) / name / image for image in facts["images"]]
+        for name, facts in folders.items()
+    }
+    missing = [path for group in paths.values() for path in group if not path.is_file()]
+    if missing or len(folders) < 2:
+        why = f"{missing[0]} is missing: say where with --support_dir" if missing else "there is one class only"
+        raise UserError(f"--filter_threshold needs the support images of two classes or more, and {why}.")
+    teacher = load_model(args.teacher, image_size=args.teacher_image_size).to(device)
+    supports = torch.stack([load_image(path, input_size(teacher)[0]) for group in paths.values() for path in group])
+    labels = torch.tensor([label for label, group in enumerate(paths.values()) for _ in group])
+    return PrototypeClassifier(teacher, supports.to(device), labels)
+
+
+@torch.no_grad()
+def drop_strangers(rows, images, teacher, names, threshold):
+    """Notes in the rows of a batch of images which of them the teacher gives to another class, with a confidence above
+    the threshold: these are dropped."""
+    size = input_size(teacher)[0]
+    confidences, answers = teacher(TF.resize(images, [size] * 2, antialias=True)).softmax(-1).max(-1)
+    for row, confidence, answer in zip(rows, confidences.tolist(), answers.tolist()):
+        if names[answer] != row["label"] and confidence > threshold:
+            row |= {"file_name": None, "dropped": f"the teacher calls it {names[answer]}, confidence {confidence:.3f}"}
 
 
 def open_inversion(record, name):
@@ -107,7 +167,6 @@ def open_inversion(record, name):
     try:
         facts = json.loads(record.read_text())
         facts["null_text"] = safe_open(file, "pt")
-        facts["latent_side"] = facts["null_text"].get_slice("latents").get_shape()[-1]
         return facts
     except Exception as error:  # json and safetensors raise their own kinds
         raise UserError(f"{record.parent} is no inversion ({error}): delete it and invert again.") from error
@@ -137,45 +196,110 @@ def open_inversions(args):
     return folders
 
 
-def save_overview(rows, folders, args, columns=24):
-    """grid.png: the supports of each class side by side on top, then one row of generated images per alpha."""
+def save_overview(rows, folders, args, columns=24, lines=8):
+    """grid.png: the supports of each class side by side on top, then one row of generated images per alpha; of alphas
+    drawn at random, `lines` rows from the smallest to the largest."""
     names = list(folders)[:columns]
     per_class = min(columns // len(names), *(len(folders[name]["images"]) for name in names))
-    grid = []
+    supports, shown = [], []
     if args.method != "textual_inversion":
         paths = [Path(folders[n]["support_dir"]) / n / s for n in names for s in folders[n]["images"][:per_class]]
         if all(path.is_file() for path in paths):
-            grid.append([load_image(path, args.image_size) for path in paths])
-    for alpha in dict.fromkeys(row.get("alpha") for row in rows):
-        line = []
-        for name in names:
-            shown = [row for row in rows if row["label"] == name and row.get("alpha") == alpha][:per_class]
-            line += [load_image(Path(args.output_dir) / row["file_name"]) for row in shown]
-            line += [torch.ones(3, args.image_size, args.image_size)] * (per_class - len(shown))
-        grid.append(line)
-    save_grid(grid, Path(args.output_dir) / "grid.png")
+            supports.append([load_image(path, args.image_size) for path in paths])
+    of_class = {name: [row for row in rows if row["label"] == name and row["file_name"]] for name in names}
+    if args.alpha == ["uniform"]:
+        ordered = {name: sorted(group, key=lambda row: row["alpha"]) for name, group in of_class.items()}
+        for i in range(lines):
+            at = {name: i * (len(group) - per_class) // (lines - 1) for name, group in ordered.items()}
+            shown.append([ordered[name][max(0, at[name]) :][:per_class] for name in names])
+    else:
+        alphas = dict.fromkeys(row.get("alpha") for row in rows)
+        shown = [[[r for r in of_class[n] if r.get("alpha") == alpha][:per_class] for n in names] for alpha in alphas]
+    wanted = {row["file_name"] for line in shown for group in line for row in group}
+    pictures = {row["file_name"]: as_tensor(image) for row, image in open_samples(args.output_dir, wanted=wanted)}
+    blank = torch.ones(3, args.image_size, args.image_size)
+    grid = [
+        [picture for group in line for picture in pad([pictures[row["file_name"]] for row in group], per_class, blank)]
+        for line in shown
+    ]
+    save_grid(supports + grid, Path(args.output_dir) / "grid.png")
+
+
+def pad(items, length, filler):
+    return items + [filler] * (length - len(items))
+
+
+def check_arguments(args):
+    """Raises UserError for options that cannot be, and settles those that stand for others."""
+    numbers = [alpha for alpha in args.alpha if alpha != "uniform"]
+    if any(not 0 <= alpha <= 1 for alpha in numbers) or (numbers and "uniform" in args.alpha):
+        raise UserError(f"--alpha {args.alpha}: give numbers between 0 and 1, or the word uniform alone.")
+    if args.null_text_fade < 0:
+        raise UserError(f"--null_text_fade {args.null_text_fade}: must be 0 or more.")
+    if args.guidance_scale and len(args.guidance_scale) not in (1, len(args.alpha)):
+        raise UserError(f"--guidance_scale {args.guidance_scale}: give one number, or one for each --alpha.")
+    if args.filter_threshold is not None and not 0 <= args.filter_threshold < 1:
+        raise UserError(f"--filter_threshold {args.filter_threshold}: must be a confidence, at least 0 and below 1.")
+
+
+def recorded_settings(args):
+    """The options that decide which images are made."""
+    how = ["num_images_per_class", "batch_size", "inversion_dir", "support_dir"]
+    how += ["vae_slicing", "vae_tiling", "compile"]
+    if args.format == "folder":
+        how.append("shard_size")
+    else:
+        how.remove("num_images_per_class")  # more images would fall into other shards
+    if args.filter_threshold is None:
+        how += ["teacher", "teacher_image_size"]
+    return settings_of(args, *how)
+
+
+def read_finished(output_dir):
+    """{(label, index): row} of the images made so far, of this and earlier runs."""
+    files = [output_dir / "metadata.jsonl", *sorted((output_dir / ROWS).glob("*.jsonl"))]
+    rows = [row for file in files if file.is_file() for row in read_json_lines(file)]
+    return {
+        (row["label"], row["index"]): row
+        for row in rows
+        if row["file_name"] is None or (output_dir / row.get("shard", row["file_name"])).is_file()
+    }
+
+
+def file_name(row, args):
+    return f"{row['label']}/{row['index']:05d}.{args.image_format}"
+
+
+def write_images(k, rows, images, args):
+    """Writes chunk `k`: its images, but for those dropped, as files or as one shard; then its rows, which mark it."""
+    output_dir = Path(args.output_dir)
+    rows = [{"file_name": file_name(row, args)} | row for row in rows]
+    if args.format == "webdataset":
+        rows = [row | {"shard": f"{k:06d}.tar"} for row in rows]
+        write_shard(output_dir / f"{k:06d}.tar", rows, [encode_image(x, args.image_format) for x in images])
+    else:
+        for row, image in zip(rows, images):
+            if row["file_name"]:
+                save_image(image, output_dir / row["file_name"])
+    write_json_lines(output_dir / ROWS / f"{k:06d}.jsonl", rows)
 
 
 def main(args):
-    if any(not 0 <= alpha <= 1 for alpha in args.alpha):
-        raise UserError(f"--alpha {args.alpha}: must lie between 0 and 1.")
-    if args.null_text_fade < 0:
-        raise UserError(f"--null_text_fade {args.null_text_fade}: must be 0 or more.")
+    check_arguments(args)
     folders = open_inversions(args)
     inverted = next(iter(folders.values()))["settings"]
     model = args.pretrained_model_name_or_path or inverted["pretrained_model_name_or_path"]
     if args.guidance_scale is None:
-        args.guidance_scale = inverted["guidance_scale"]
+        args.guidance_scale = [inverted["guidance_scale"]]
     if args.image_size is None:
         args.image_size = min(facts["image_size"] for facts in folders.values())
     accelerator = start(args)
-    output_dir = Path(args.output_dir)
-    settings = settings_of(args, "num_images_per_class", "batch_size", "inversion_dir")
+    output_dir, device = Path(args.output_dir), accelerator.device
+    settings = recorded_settings(args)
     settings["inversions"] = {name: facts["fingerprint"] for name, facts in folders.items()}
     if not check_settings(output_dir / "generation.json", settings) and accelerator.is_main_process:
         write_json(output_dir / "generation.json", {"settings": settings})
 
-    device = accelerator.device
     pipe = diffusion.load_stable_diffusion(
         model, device, accelerator.mixed_precision, inverted["revision"], inverted["variant"]
     )
@@ -194,29 +318,56 @@ def main(args):
             for facts in folders.values()
         ]
         prompt_embeds = dict(zip(folders, torch.cat([diffusion.encode_prompts(pipe, [t]) for t in texts]).cpu()))
+    teacher = None if args.filter_threshold is None else load_filter(folders, args, device)
+    if args.vae_slicing:
+        pipe.vae.enable_slicing()
+    if args.vae_tiling:
+        pipe.vae.enable_tiling()
+    if args.compile:
+        pipe.unet.compile()
 
     rows = plan_images(folders, {name: facts["images"] for name, facts in folders.items()}, args)
-    others = {str(p.relative_to(output_dir)) for p in output_dir.glob("*/*.png")} - {row["file_name"] for row in rows}
+    planned = {file_name(row, args) for row in rows}
+    others = {str(p.relative_to(output_dir)) for p in output_dir.glob(f"*/*.{args.image_format}")} - planned
     if others:
         raise UserError(f"{output_dir} holds images that this run does not make, as {min(others)}: remove them.")
-    mine = rows[accelerator.process_index :: accelerator.num_processes]
-    mine = [row for row in mine if not (output_dir / row["file_name"]).is_file()]
-    with tqdm(total=len(mine), desc="generating", unit="image", disable=not accelerator.is_local_main_process) as bar:
-        for i in range(0, len(mine), args.batch_size):
-            batch = mine[i : i + args.batch_size]
-            images = generate(batch, folders, pipe, schedule, prompt_embeds, empty, device, args)
-            if not images.isfinite().all():
-                raise UserError(f"{batch[0]['file_name']} came out as NaN: use --mixed_precision bf16 or no.")
-            for row, image in zip(batch, images.cpu()):
-                save_image(image, output_dir / row["file_name"])
-            bar.update(len(batch))
-    new = accelerator.gather(torch.tensor([len(mine)], device=device)).sum().item()
+    # Chunks are the same in every run, so that an image is always computed in the same company, to the same bits.
+    size = args.batch_size if args.format == "folder" else args.shard_size
+    finished = read_finished(output_dir)
+    mine = [(k, rows[i : i + size]) for k, i in enumerate(range(0, len(rows), size))]
+    mine = mine[accelerator.process_index :: accelerator.num_processes]
+    mine = [(k, chunk) for k, chunk in mine if any((row["label"], row["index"]) not in finished for row in chunk)]
+    new = sum(len(chunk) for _, chunk in mine)
+    with tqdm(total=new, desc="generating", unit="image", disable=not accelerator.is_local_main_process) as progress:
+        for k, chunk in mine:
+            images = []
+            for i in range(0, len(chunk), args.batch_size):
+                batch = chunk[i : i + args.batch_size]
+                x = generate(batch, folders, pipe, schedule, prompt_embeds, empty, device, args)
+                if not x.isfinite().all():
+                    raise UserError(f"{file_name(batch[0], args)} came out as NaN: use --mixed_precision bf16 or no.")
+                if teacher is not None:
+                    drop_strangers(batch, x, teacher, list(folders), args.filter_threshold)
+                images.append(x.cpu())
+                progress.update(len(batch))
+            write_images(k, chunk, torch.cat(images), args)
+    new = accelerator.gather(torch.tensor([new], device=device)).sum().item()
     if accelerator.is_main_process:
-        with whole_file(output_dir / "metadata.jsonl") as path:
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        finished = read_finished(output_dir)
+        rows = [finished[row["label"], row["index"]] for row in rows]
+        write_json_lines(output_dir / "metadata.jsonl", rows)
+        shutil.rmtree(output_dir / ROWS, ignore_errors=True)
         save_overview(rows, folders, args)
-    accelerator.print(f"{len(rows)} images in {output_dir}, of which {new} new; see {output_dir / 'grid.png'}")
+    dropped = sum(row["file_name"] is None for row in rows)
+    accelerator.print(
+        f"{len(rows) - dropped} images in {output_dir}, {new} made now, {dropped} dropped; peak memory of a process "
+        f"{peak_memory(device) / 2**30:.2f} GiB; see {output_dir / 'grid.png'}"
+    )
     accelerator.end_training()
+
+
+def number_or_uniform(text):
+    return text if text == "uniform" else float(text)
 
 
 def parse_args(argv=None):
@@ -226,17 +377,19 @@ def parse_args(argv=None):
     add("--pretrained_model_name_or_path", help="the Stable Diffusion model; default: the one inverted with")
     add("--num_images_per_class", type=positive_int, default=100, help="images to make of each class")
     add(
-        "--alpha",
-        type=float,
-        nargs="+",
-        default=[0.3, 0.5, 0.7],
-        help="blending factors, taken in turn: 0 copies, 1 is free",
+        "--method",
+        choices=["tint", "textual_inversion", "null_text", "img2img"],
+        default="tint",
+        help="tint: the paper; textual_inversion: learned word, fresh noise; null_text: no learned word; img2img: "
+        "learned word, supports noised to the share alpha of the steps, no inverted latents",
     )
     add(
-        "--method",
-        choices=["tint", "textual_inversion", "null_text"],
-        default="tint",
-        help="tint: the paper; textual_inversion: learned word, fresh noise; null_text: no learned word",
+        "--alpha",
+        type=number_or_uniform,
+        nargs="+",
+        default=[0.3, 0.5, 0.7],
+        metavar="ALPHA|uniform",
+        help="blending factors, taken in turn: 0 copies, 1 is free; uniform: drawn for each image",
     )
     add(
         "--null_text_fade",
@@ -245,9 +398,42 @@ def parse_args(argv=None):
         help="how fast a support's null-text gives way to the empty prompt, its share being 1 - fade * alpha, at least "
         "0; 0: it never does (the paper)",
     )
-    add("--guidance_scale", type=float, help="guidance scale w; default: the one inverted with")
-    add("--image_size", type=positive_int, help="side of the images written; default: the support images' side")
-    add("--batch_size", type=positive_int, default=50, help="images denoised together")
+    add(
+        "--guidance_scale",
+        type=float,
+        nargs="+",
+        help="guidance scale w, or one for each --alpha; default: the one inverted with",
+    )
+    add(
+        "--guidance_steps",
+        type=positive_int,
+        default=7,
+        help="steps at which the unconditional prediction is made, spread evenly; how it differs from the conditional "
+        "one is kept in between. As many as inversion took, or more: all (the paper)",
+    )
+    add(
+        "--filter_threshold",
+        type=float,
+        help="drop what the teacher gives to another class with more confidence",
+    )
+    add("--teacher", default="assets/teacher", help="the filter's backbone: model folder, timm name or hf-hub:name")
+    add("--teacher_image_size", type=positive_int, help="the teacher's input side; default: its own")
+    add("--support_dir", help="support images, for the filter; default: where they were inverted from")
+    group = parser.add_argument_group("output").add_argument
+    group("--image_size", type=positive_int, help="side of the images written; default: the support images' side")
+    group("--image_format", choices=["png", "webp"], default="png", help="both without loss; webp is smaller")
+    group(
+        "--format",
+        choices=["folder", "webdataset"],
+        default="folder",
+        help="class folders, or tar files of many images each (pip install webdataset)",
+    )
+    group("--shard_size", type=positive_int, default=1000, help="images in a tar file")
+    group = parser.add_argument_group("speed and memory").add_argument
+    group("--batch_size", type=positive_int, default=50, help="images denoised together")
+    group("--vae_slicing", action="store_true", help="decode one image at a time")
+    group("--vae_tiling", action="store_true", help="decode an image in parts")
+    group("--compile", action="store_true", help="compile the UNet: slow to start, then faster")
     return parser.parse_args(argv)
 
 

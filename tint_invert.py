@@ -398,7 +398,8 @@ def invert_classes(names, paths, settings, pipe, schedule, upscaler, args, accel
         folder = Path(args.output_dir) / name
         save_tensors(folder / "learned_embeds.safetensors", {words[c]: vectors[c]})
         for file, results in inverted.items():
-            save_tensors(folder / f"{file}.safetensors", {k: results[c][k] for k in ("latents", "null_offsets")})
+            tensors = {k: results[c][k] for k in ("latents", "null_offsets")} | {"image_latents": latents[c].half()}
+            save_tensors(folder / f"{file}.safetensors", tensors)
         result = {"vae": latents[c]} | inverted["null_text"][c]
         decoded = {
             kind: torch.cat([diffusion.decode_latents(pipe.vae, z[None]) for z in result[kind]])

@@ -20,6 +20,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+import tint_generate
 import tint_invert
 from common import datasets, diffusion
 from common.cli import read_json
@@ -132,12 +133,13 @@ def inversion(args, iterations):
     return {"total": sum(parts.values())} | parts
 
 
-def generation(num_inference_steps):
+def generation(num_inference_steps, guidance_steps):
     """TFLOP of generating one image."""
     pipe = stable_diffusion_1_5()
     schedule = diffusion.make_schedule(pipe.scheduler, num_inference_steps)
     z, embeds = torch.rand(1, 4, 64, 64, device="meta"), torch.rand(1, 77, 768, device="meta")
-    denoising = tflop(diffusion.denoise, pipe.unet, schedule, z, embeds, embeds[:, None], 7.5)
+    guided = tint_generate.guided_steps(num_inference_steps, guidance_steps)
+    denoising = tflop(diffusion.denoise, pipe.unet, schedule, z, embeds, embeds[:, None], 7.5, guided)
     return denoising + tflop(diffusion.decode_latents, pipe.vae, z)
 
 
@@ -159,8 +161,12 @@ def main(args):
         "iterations_measured_on_mini_sd": measured,
         "inversion_tflop_per_class": inversion(settings["fast"], measured),
         "reference_preset": {"iterations": certain, "inversion_tflop_per_class": inversion(reference, certain)},
-        "generation_tflop_per_image": generation(settings["fast"].num_inference_steps),
-        "reference_generation_tflop_per_image": generation(reference.num_inference_steps),
+        "generation_tflop_per_image": generation(
+            settings["fast"].num_inference_steps, tint_generate.parse_args([]).guidance_steps
+        ),
+        "reference_generation_tflop_per_image": generation(
+            reference.num_inference_steps, reference.num_inference_steps
+        ),
     }, indent=2))  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import resource
 import shlex
 import sys
 from contextlib import contextmanager
@@ -122,6 +123,14 @@ def start(args):
     return accelerator
 
 
+def peak_memory(device):
+    """The most memory, in bytes, that this process has held: on the accelerator, or of the machine's on the CPU."""
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def generator(*keys):
     """A CPU random generator that depends on nothing but its keys, as (seed, class name, image index).
 
@@ -147,6 +156,18 @@ def whole_file(path):
 def write_json(path, value):
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def write_json_lines(path, rows):
+    with whole_file(path) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_json_lines(path):
+    try:
+        return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): delete it and start again.") from error
 
 
 def read_json(path):

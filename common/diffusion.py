@@ -144,17 +144,33 @@ def guide(eps_uncond, eps_cond, guidance_scale):
 
 
 @torch.no_grad()
-def denoise(unet, schedule, z, prompt_embeds, null_embeds, guidance_scale):
-    """Walks z_T down to z_0 with guidance.
+def denoise(unet, schedule, z, prompt_embeds, null_embeds, guidance_scale, guided=None, first_step=None):
+    """Walks latents down to z_0 with guidance.
 
     Args:
         z: latents z_T [B, C, h, w].
         prompt_embeds: text embeddings [B, L, D].
         null_embeds: unconditional embeddings of each step [B, T, L, D], or [B, 1, L, D] for all steps.
+        guidance_scale: w, a number or one for each latent [B].
+        guided: the steps at which the unconditional prediction is made; in between, the difference eps_c - eps_u of
+            the last of them is kept, and before the first there is none. Default: all.
+        first_step: the step at which each latent [B] joins the walk, its noise being of that level; default: 0.
     """
-    null_embeds = null_embeds.expand(-1, len(schedule.timesteps), -1, -1)
-    for i in range(len(schedule.timesteps)):
-        both = torch.cat([null_embeds[:, i], prompt_embeds])
-        eps_uncond, eps_cond = predict_noise(unet, schedule, torch.cat([z, z]), i, both).chunk(2)
-        z = ddim_step(z, guide(eps_uncond, eps_cond, guidance_scale), schedule.abar[i], schedule.abar[i + 1])
+    num_steps = len(schedule.timesteps)
+    null_embeds = null_embeds.expand(-1, num_steps, -1, -1)
+    w = torch.as_tensor(guidance_scale, device=z.device).expand(len(z))[:, None, None, None]
+    first_step = torch.zeros(len(z), dtype=torch.long) if first_step is None else first_step
+    z, difference = z.clone(), torch.zeros_like(z)
+    for i in range(num_steps):
+        on = (first_step <= i).nonzero()[:, 0].to(z.device)
+        if not len(on):
+            continue
+        if guided is None or i in guided:
+            both = torch.cat([null_embeds[on, i], prompt_embeds[on]])
+            eps_uncond, eps_cond = predict_noise(unet, schedule, torch.cat([z[on], z[on]]), i, both).chunk(2)
+            difference[on] = eps_cond - eps_uncond
+        else:
+            eps_cond = predict_noise(unet, schedule, z[on], i, prompt_embeds[on])
+        eps = guide(eps_cond - difference[on], eps_cond, w[on])
+        z[on] = ddim_step(z[on], eps, schedule.abar[i], schedule.abar[i + 1])
     return z

@@ -31,8 +31,9 @@ from common.cli import (
     start,
     write_json,
 )
-from common.images import as_tensor, load_image
+from common.images import as_tensor
 from common.report import data_uri, with_interval, write_report
+from common.shards import open_samples
 
 SCRIPTS = {"invert": tint_invert, "generate": tint_generate, "distill": distill}
 METHODS = {  # the scripts that each method runs
@@ -42,6 +43,7 @@ METHODS = {  # the scripts that each method runs
     "tint": ("invert", "generate", "distill"),
     "textual_inversion": ("invert", "generate", "distill"),
     "null_text": ("invert", "generate", "distill"),
+    "img2img": ("invert", "generate", "distill"),
 }
 OPTIONS = (
     "dataset", "dataset_dir", "split", "num_ways", "num_shots", "num_queries", "num_episodes", "seed", "methods",
@@ -95,6 +97,8 @@ def parse_arm(text, args):
     arguments, keys, key = {}, {}, digest(method, args.teacher_image_size, backbone(args, method))
     for script in METHODS[method]:
         arguments[script] = SCRIPTS[script].parse_args(own[script])
+        if script == "generate" and arguments[script].filter_threshold is not None:
+            arguments[script].teacher, arguments[script].teacher_image_size = args.teacher, args.teacher_image_size
         if script == "invert" and method == "null_text":  # its prompt has no word to learn
             arguments[script].max_train_steps = 0
             arguments[script].plain_prompt = arguments[script].plain_prompt or arguments[script].prompt.split(" of ")[0]
@@ -254,9 +258,10 @@ def collect(arms, dataset, args):
     methods = {}
     for arm in arms:
         hits, counts = [sum(row) for row in correct[arm.name]], [len(row) for row in correct[arm.name]]
-        alpha = getattr(arm.arguments.get("generate"), "alpha", None) if arm.method in ("tint", "null_text") else None
+        with_alpha = arm.method in ("tint", "null_text", "img2img")
+        alpha = arm.arguments["generate"].alpha if with_alpha else ["none"]
         methods[arm.name] = {"method": arm.method, "options": arm.options} | {
-            "alpha": alpha[0] if alpha and len(alpha) == 1 else None,
+            "alpha": alpha[0] if len(alpha) == 1 and isinstance(alpha[0], float) else None,
             **statistics.benchmark_accuracy(hits, counts),
             "per_episode": [hit / count for hit, count in zip(hits, counts)],
             "seconds": float(np.mean(seconds[arm.name])),
@@ -284,16 +289,22 @@ def examples(arms, folder, count=6):
         return []
 
     def first(directory):
-        return [data_uri(load_image(path)) for path in sorted(directory.glob("*.*"))[:count]]
+        found = {}
+        for row, image in open_samples(directory):
+            group = found.setdefault(row["label"], [])
+            if len(group) < count:
+                group.append(data_uri(image))
+        return found
 
-    generating = {a.name: folder / f"generate-{a.keys['generate']}" for a in arms if "generate" in a.keys}
+    supports = first(folder / "support")
+    generated = {a.name: first(folder / f"generate-{a.keys['generate']}") for a in arms if "generate" in a.keys}
     return [
         {
-            "class": path.name,
-            "supports": first(path),
-            "generated": {name: first(images / path.name) for name, images in generating.items()},
+            "class": c,
+            "supports": supports[c],
+            "generated": {name: found.get(c, []) for name, found in generated.items()},
         }
-        for path in sorted((folder / "support").iterdir())
+        for c in supports
     ]
 
 

@@ -1,5 +1,6 @@
 """Image folders (`DIR/<class>/*.png|jpg|webp`, the layout of torchvision's ImageFolder), loading, and picture grids."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -93,10 +94,17 @@ def load_folder(folder, size=None, classes=None):
     return torch.stack([load_image(path, size) for path in paths]), labels, list(by_class), paths
 
 
+def encode_image(image, image_format="png"):
+    """The bytes of a PNG or lossless WebP file of a tensor [3, H, W] in [0, 1]."""
+    buffer = io.BytesIO()
+    TF.to_pil_image(image.mul(255).round().clamp(0, 255).byte()).save(buffer, image_format, lossless=True)
+    return buffer.getvalue()
+
+
 def save_image(image, path):
-    """Writes a tensor [3, H, W] in [0, 1] as a PNG file."""
+    """Writes a tensor [3, H, W] in [0, 1] as a PNG or lossless WebP file, as the name says."""
     with whole_file(path) as temporary:
-        TF.to_pil_image(image.mul(255).round().clamp(0, 255).byte()).save(temporary, format="PNG")
+        temporary.write_bytes(encode_image(image, Path(path).suffix[1:]))
 
 
 def save_grid(rows, path, side=64):

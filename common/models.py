@@ -227,7 +227,10 @@ class PrototypeClassifier(nn.Module):
             prototypes = torch.stack([unit[labels == c].mean(0) for c in range(int(labels.max()) + 1)])
             self.register_buffer("prototypes", F.normalize(prototypes, dim=-1))
 
+    def embed(self, images):
+        """Images [B, 3, H, W] in [0, 1] to centred features of unit length [B, D]."""
+        return F.normalize(features(self.model, images) - self.center, dim=-1)
+
     def forward(self, images):
         """Images [B, 3, H, W] in [0, 1] to logits [B, num_classes]."""
-        f = F.normalize(features(self.model, images) - self.center, dim=-1)
-        return self.scale * f @ self.prototypes.T
+        return self.scale * self.embed(images) @ self.prototypes.T

@@ -26,6 +26,7 @@ table { border-collapse: collapse } th, td { padding: .25rem .7rem .25rem 0; bor
 figure { margin: 1rem 0; break-inside: avoid } figcaption, .soft { color: var(--soft); font-size: .9rem }
 svg { width: 100%; max-width: 34rem; height: auto; display: block } svg text { fill: var(--ink); font-size: 11px }
 .axis { stroke: var(--line); stroke-width: 1 } .mark { fill: var(--mark); stroke: var(--mark) }
+.dashed { stroke: var(--soft); stroke-width: 1.5; stroke-dasharray: 5 4 }
 .zero { stroke: var(--ink); stroke-width: 1 }
 .whisker { stroke: var(--mark); stroke-width: 2; fill: none }
 .thin { stroke: var(--mark); fill: none; stroke-width: .7 }
@@ -119,23 +120,46 @@ def upright_axis(marks, y):
     return "".join(line(34, y(m), 352, y(m)) + text(30, y(m) + 4, f"{m:g}", "end") for m in marks)
 
 
-def alpha_plot(methods):
-    """Accuracy against alpha with whiskers, where at least two methods have one; else nothing."""
-    rows = sorted((m["alpha"], *(100 * v for v in (m["mean"], *m["ci95"]))) for m in methods if m["alpha"] is not None)
-    if len(rows) < 2:
-        return ""
-    marks = ticks(min(r[2] for r in rows), max(r[3] for r in rows))
+def alpha_plot(caption, series, yardstick=None):
+    """Values against alpha, a numbered line a series.
+
+    Args:
+        series: {name: rows (alpha, value) or (alpha, value, low, high), the latter with whiskers}.
+        yardstick: (name, value) of a dashed line.
+    """
+    values = [v for rows in series.values() for _, *row in rows for v in row] + ([yardstick[1]] if yardstick else [])
+    marks = ticks(min(values), max(values))
 
     def y(value):
         return 186 - 170 * (value - marks[0]) / (marks[-1] - marks[0])
 
     parts = [upright_axis(marks, y)]
-    for alpha, mean, low, high in rows:
-        x = 50 + 290 * alpha
-        parts += [line(x, y(low), x, y(high), "whisker"), dot(x, y(mean)), text(x, 204, f"{alpha:g}", "middle")]
-    return "<h2>Accuracy against alpha</h2>" + figure(
-        "Accuracy in percent at each alpha, 95% intervals", 360, 210, *parts
-    )
+    parts += [
+        text(50 + 290 * a, 204, f"{a:g}", "middle") for a in sorted({r[0] for rows in series.values() for r in rows})
+    ]
+    if yardstick:
+        parts.append(line(34, y(yardstick[1]), 352, y(yardstick[1]), "dashed"))
+    for i, rows in enumerate(series.values()):
+        points = [(50 + 290 * row[0], y(row[1])) for row in sorted(rows)]
+        parts.append(f'<polyline points="{" ".join(f"{x:.1f},{v:.1f}" for x, v in points)}" class="thin"/>')
+        parts += [
+            line(50 + 290 * row[0], y(row[2]), 50 + 290 * row[0], y(row[3]), "whisker") for row in rows if row[2:]
+        ]
+        parts += [dot(*point) for point in points]
+        if len(series) > 1:
+            parts.append(text(points[-1][0] + 6, points[-1][1] + 4, i + 1))
+    legend = [f"{i + 1} {name}" for i, name in enumerate(series)] if len(series) > 1 else []
+    legend += [f"dashed: {yardstick[0]}"] if yardstick else []
+    return figure(caption + (f" ({', '.join(legend)})" if legend else ""), 360, 210, *parts)
+
+
+def accuracy_against_alpha(methods):
+    """Accuracy against alpha with whiskers, where at least two methods have one; else nothing."""
+    rows = [(m["alpha"], *(100 * v for v in (m["mean"], *m["ci95"]))) for m in methods if m["alpha"] is not None]
+    if len(rows) < 2:
+        return ""
+    plot = alpha_plot("Accuracy in percent at each alpha, 95% intervals", {"accuracy": rows})
+    return "<h2>Accuracy against alpha</h2>" + plot
 
 
 def episode_plot(methods):
@@ -230,7 +254,7 @@ def benchmark_page(results):
             results["paired_differences"], "On the same queries of the same episodes, in percentage points."
         )
         + episode_plot(methods)
-        + alpha_plot(methods.values())
+        + accuracy_against_alpha(methods.values())
     )
     if results["examples"]:
         rows = []
@@ -274,13 +298,59 @@ def accuracy_page(results):
     return "Accuracy", body
 
 
+def generated_table(results):
+    """Head and rows, all text, of the specificity and diversity of generated and real images."""
+    rows = [(name, None, v) for name, v in results["real"].items()]
+    rows += [(name, v["alpha"], v) for name, group in results["sets"].items() for v in group]
+
+    def number(value):
+        return "" if value is None else f"{value:.3f}"
+
+    return [("images", "alpha", "number", "teacher agrees, %", "nearest support", "pairwise")] + [
+        (name, "" if alpha is None else f"{alpha:g}", str(v["images"]), with_interval(v["agreement"]),
+         number(v["nearest_support"]), number(v["pairwise"]))
+        for name, alpha, v in rows
+    ]  # fmt: skip
+
+
+def generated_page(results):
+    """Title and body of generated images measured against their supports."""
+    head, *rows = generated_table(results)
+    real = results["real"]
+    yardstick = real.get("real images", real["supports"])
+    body = (
+        "<p>In the feature space of the teacher, specialised on the supports: how often it answers with the label an "
+        "image was made for (95% Wilson intervals), the mean cosine distance to the nearest support of the class, and "
+        "that of two images of a class. Real images are the yardstick.</p>"
+        + table(head, [[escape(row[0]), *row[1:]] for row in rows])
+    )
+    sets = {name: [v for v in rows if v["alpha"] is not None] for name, rows in results["sets"].items()}
+    plots = {
+        "Teacher's agreement with the label, in percent": lambda v: [
+            100 * x for x in (v["agreement"]["mean"], *v["agreement"]["ci95"])
+        ],
+        "Cosine distance to the nearest support": lambda v: [v["nearest_support"]],
+        "Cosine distance of two images of a class": lambda v: [v["pairwise"]],
+    }
+    for caption, values in plots.items():
+        series = {
+            name: [(v["alpha"], *values(v)) for v in group if None not in values(v)] for name, group in sets.items()
+        }
+        series = {name: group for name, group in series.items() if len(group) > 1}
+        if series:
+            known = values(yardstick)[0]
+            body += alpha_plot(caption, series, None if known is None else ("real images", known))
+    return "Generated images", body
+
+
 def write_report(path, results):
     """Writes the page of results.json, of either kind.
 
     Args:
-        results: what evaluate.py puts into results.json; its "kind" is "benchmark" or "accuracy".
+        results: what evaluate.py puts into results.json; its "kind" is "benchmark", "accuracy" or "generated".
     """
-    title, body = {"benchmark": benchmark_page, "accuracy": accuracy_page}[results["kind"]](results)
+    pages = {"benchmark": benchmark_page, "accuracy": accuracy_page, "generated": generated_page}
+    title, body = pages[results["kind"]](results)
     settings = [[escape(k), f"<code>{escape(v)}</code>"] for k, v in results["settings"].items() if v not in (None, "")]
     versions = ", ".join(f"{escape(k)} {escape(v)}" for k, v in results["versions"].items())
     page = (

@@ -1,0 +1,98 @@
+"""Measures what settings of tint_generate.py make of episodes of Icons-FS, with mini-SD. Prints a Markdown table.
+
+    python -m benchmarks.generation_quality --split val --num_episodes 4 --settings default "all guided"
+
+Of every episode the supports are inverted once, and each setting generates from the same noise. Measured in the feature
+space of the teacher, specialised on the supports, and averaged over episodes: how often it agrees with the label, the
+cosine distance to the nearest support, that of two images of a class; and the peak signal-to-noise ratio to the images
+of the first setting.
+"""
+
+import argparse
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import torch
+
+import tint_generate
+import tint_invert
+from benchmarks.flops import generation
+from common import datasets, models
+from common.images import load_folder
+from evaluate import embed, specificity_and_diversity
+
+ALL = "--guidance_steps 16"
+SETTINGS = {
+    "all guided": ALL,
+    "default": "",
+    "6 of 16 guided": "--guidance_steps 6",
+    "4 of 16 guided": "--guidance_steps 4",
+    "null-text not faded": f"{ALL} --null_text_fade 0",
+    "null-text gone at alpha 1": f"{ALL} --null_text_fade 1",
+    "null-text gone at alpha 0.33": f"{ALL} --null_text_fade 3",
+    "no null-text": f"{ALL} --null_text_fade 1000000",
+    "guidance 2": f"{ALL} --guidance_scale 2",
+    "guidance 4": f"{ALL} --guidance_scale 4",
+    "guidance 2, 3, 4": f"{ALL} --guidance_scale 2 3 4",
+    "guidance 3, 4, 5": f"{ALL} --guidance_scale 3 4 5",
+    "img2img": f"{ALL} --method img2img",
+    "textual inversion": f"{ALL} --method textual_inversion",
+    "plain null-text": f"{ALL} --method null_text",
+}
+
+
+def main(args):
+    torch.set_num_threads(args.num_threads)
+    model, dataset = models.load_model(args.teacher), datasets.load_dataset("icons_fs", args.split)
+    found = {}
+    for index in range(args.num_episodes):
+        folder = Path(args.output_dir) / args.split / f"{index:03d}"
+        if not (folder / "support").is_dir():
+            datasets.write_supports(dataset, 5, 5, args.seed, index, folder / "support")
+        inversion = ["--support_dir", str(folder / "support"), "--output_dir", str(folder / "inversion")]
+        inversion += ["--plain_prompt", "an icon", "--seed", str(index)]
+        supports, labels, classes, _ = load_folder(folder / "support", models.input_size(model)[0])
+        teacher = models.PrototypeClassifier(model, supports, labels)
+        with redirect_stdout(sys.stderr):
+            tint_invert.main(tint_invert.parse_args(inversion))
+        support = teacher.embed(supports).detach(), labels
+        for name in args.settings:
+            made = folder / name.replace(" ", "_")
+            options = ["--inversion_dir", str(folder / "inversion"), "--output_dir", str(made), "--seed", str(index)]
+            options += ["--num_images_per_class", str(args.num_images_per_class), "--alpha", *args.alpha]
+            with redirect_stdout(sys.stderr):
+                tint_generate.main(tint_generate.parse_args([*options, *SETTINGS[name].split()]))
+            f, answers, labels, alphas = embed(made, teacher, classes, 64)
+            images, yardstick = (load_folder(folder / n.replace(" ", "_"))[0] for n in (name, args.settings[0]))
+            similarity = tint_invert.psnr(images, yardstick).clamp(max=99)
+            for alpha in set(alphas):
+                at = torch.tensor([a == alpha for a in alphas])
+                values = specificity_and_diversity(f[at], answers[at], labels[at], *support)
+                found.setdefault((name, alpha), []).append(values | {"psnr": similarity[at].mean().item()})
+    print(f"| | TFLOP | alpha | images | teacher agrees | nearest support | pairwise | dB to {args.settings[0]} |")
+    print("|---|---|---|---|---|---|---|---|")
+    for (name, alpha), rows in sorted(found.items(), key=lambda x: (args.settings.index(x[0][0]), x[0][1] or 0)):
+        options = tint_generate.parse_args(SETTINGS[name].split())
+        count = sum(row["images"] for row in rows)
+        agreement = sum(row["images"] * row["agreement"]["mean"] for row in rows) / count
+        near, pairwise, psnr = (
+            sum(row[k] for row in rows) / len(rows) for k in ("nearest_support", "pairwise", "psnr")
+        )
+        print(f"| {name} | {generation(16, options.guidance_steps):.1f} | {alpha} | {count} | {agreement:.1%} "
+              f"| {near:.3f} | {pairwise:.3f} | {psnr:.1f} |")  # fmt: skip
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--split", choices=["val", "novel"], default="val")
+    add("--num_episodes", type=int, default=4)
+    add("--num_images_per_class", type=int, default=60)
+    add("--alpha", nargs="+", default=["0.3", "0.5", "0.7"])
+    add("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    add("--teacher", default="assets/teacher")
+    add("--output_dir", default="outputs/generation_quality")
+    add("--num_threads", type=int, default=2)
+    add("--seed", type=int, default=0)
+    main(parser.parse_args())

@@ -1,0 +1,88 @@
+"""Generated images: in class folders with metadata.jsonl, or in WebDataset shards, tar files of many images each."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+from common.cli import UserError, read_json_lines, whole_file
+from common.images import list_images, open_image
+
+
+def load_webdataset():
+    try:
+        import webdataset
+    except ImportError as error:
+        raise UserError("Tar shards need the package webdataset (pip install webdataset).") from error
+    return webdataset
+
+
+def write_shard(path, rows, images):
+    """Writes a shard: of each row <label>/<index>.json, and its image unless its `file_name` is None.
+
+    Args:
+        images: of each row the bytes of an image file.
+    """
+    webdataset = load_webdataset()
+    with whole_file(path) as temporary, temporary.open("wb") as file:
+        with webdataset.TarWriter(file, mtime=0) as shard:
+            for row, image in zip(rows, images):
+                sample = {"__key__": f"{row['label']}/{row['index']:05d}", "json": row}
+                if row["file_name"]:
+                    sample[Path(row["file_name"]).suffix[1:]] = image
+                shard.write(sample)
+
+
+def list_samples(folder, classes):
+    """The files that hold the images of a folder of either kind.
+
+    Raises:
+        UserError: neither kind of folder, an unfinished one, or its classes are not `classes`.
+    """
+    folder = Path(folder)
+    shards = sorted(folder.glob("*.tar"))
+    if not shards:
+        return [path for paths in list_images(folder, classes).values() for path in paths]
+    if not (folder / "metadata.jsonl").is_file():
+        raise UserError(f"{folder} has no metadata.jsonl: tint_generate.py has not finished. Start it again.")
+    found = {row["label"] for row in read_json_lines(folder / "metadata.jsonl")}
+    if found != set(classes):
+        raise UserError(f"{folder} has images of {sorted(found)}, and {sorted(classes)} are wanted.")
+    return shards
+
+
+def open_samples(folder, size=None, wanted=None):
+    """The rows of metadata and PIL images of a folder of either kind, one after the other, without what was dropped.
+
+    Images that metadata.jsonl does not know have rows of `file_name` and `label`.
+
+    Args:
+        size: side of the square that all are resized to; None keeps sizes. wanted: file names; default: all.
+    Raises:
+        UserError: neither kind of folder, or an image or shard cannot be read.
+    """
+    folder = Path(folder)
+    shards = sorted(folder.glob("*.tar"))
+    for row, source in read_shards(shards) if shards else read_folder(folder):
+        if wanted is None or row["file_name"] in wanted:
+            yield row, open_image(source, size)
+
+
+def read_folder(folder):
+    metadata = folder / "metadata.jsonl"
+    known = {row["file_name"]: row for row in read_json_lines(metadata)} if metadata.is_file() else {}
+    for label, paths in list_images(folder).items():
+        for path in paths:
+            name = f"{label}/{path.name}"
+            yield known.get(name, {"file_name": name, "label": label}), path
+
+
+def read_shards(shards):
+    webdataset = load_webdataset()
+    try:
+        for sample in webdataset.WebDataset([str(shard) for shard in shards], shardshuffle=False):
+            row = json.loads(sample["json"])
+            if row["file_name"]:
+                yield row, io.BytesIO(sample[Path(row["file_name"]).suffix[1:]])
+    except (ValueError, KeyError, EOFError, OSError, tarfile.TarError) as error:
+        raise UserError(f"{shards[0].parent} holds a damaged shard ({error}): delete it and generate again.") from error
