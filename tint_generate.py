@@ -358,11 +358,11 @@ def main(args):
         write_json_lines(output_dir / "metadata.jsonl", rows)
         shutil.rmtree(output_dir / ROWS, ignore_errors=True)
         save_overview(rows, folders, args)
-    dropped = sum(row["file_name"] is None for row in rows)
-    accelerator.print(
-        f"{len(rows) - dropped} images in {output_dir}, {new} made now, {dropped} dropped; peak memory of a process "
-        f"{peak_memory(device) / 2**30:.2f} GiB; see {output_dir / 'grid.png'}"
-    )
+        dropped = sum(row["file_name"] is None for row in rows)
+        print(
+            f"{len(rows) - dropped} images in {output_dir}, {new} made now, {dropped} dropped; see "
+            f"{output_dir / 'grid.png'}\npeak memory of a process: {peak_memory(device) / 2**30:.2f} GiB"
+        )
     accelerator.end_training()
 
 
@@ -394,7 +394,7 @@ def parse_args(argv=None):
     add(
         "--null_text_fade",
         type=float,
-        default=2.0,
+        default=1.0,
         help="how fast a support's null-text gives way to the empty prompt, its share being 1 - fade * alpha, at least "
         "0; 0: it never does (the paper)",
     )

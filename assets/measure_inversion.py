@@ -3,8 +3,7 @@
     python -m assets.measure_inversion --split val --num_episodes 2 --output_dir outputs/measure_inversion
 
 Textual inversion: the loss on fixed noise and timesteps, beside that of the word which the vocabulary has best, found
-by trying every one. Generation: how often the teacher, specialised on the supports, gives the images the label that
-they were made for. Writes <split>.json and <split>.svg, the curve, and keeps the images of every episode.
+by trying every one. Null-text inversion: the reconstruction. Writes <split>.json and <split>.svg, the curve.
 """
 
 import argparse
@@ -13,24 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import tint_generate
 import tint_invert
 from assets.training import save_plot
-from common import datasets, diffusion, models
+from common import datasets, diffusion
 from common.cli import generator, read_json, write_json
 from common.images import load_folder
-from common.statistics import wilson_interval
-
-KINDS = {  # options of tint_generate.py
-    "textual inversion": "--method textual_inversion",
-    "TINT, alpha 0": "--alpha 0",
-    "TINT, alpha 0.3": "--alpha 0.3",
-    "TINT, alpha 0.5": "--alpha 0.5",
-    "TINT, alpha 0.7": "--alpha 0.7",
-    "TINT, alpha 0.3, null-text not faded": "--alpha 0.3 --null_text_fade 0",
-    "TINT, alpha 0.5, null-text not faded": "--alpha 0.5 --null_text_fade 0",
-    "TINT, alpha 0.7, null-text not faded": "--alpha 0.7 --null_text_fade 0",
-}
 
 
 @torch.no_grad()
@@ -71,7 +57,7 @@ def best_words(settings):
 def main(args):
     torch.set_num_threads(args.num_threads)
     dataset, root = datasets.load_dataset("icons_fs", args.split), Path(args.output_dir)
-    teacher, curves, named, reconstruction = models.load_model(args.teacher), [], {}, []
+    curves, reconstruction = [], []
     for index in range(args.num_episodes):
         folder = root / args.split / f"{index:03d}"
         if not (folder / "support").is_dir():
@@ -87,32 +73,16 @@ def main(args):
                            "initializer_token": facts["initializer_token"],
                            "curve": facts["textual_inversion_loss"]})  # fmt: skip
             reconstruction.append(facts["reconstruction_psnr_db"])
-        supports, labels, *_ = load_folder(folder / "support", models.input_size(teacher)[0])
-        classifier = models.PrototypeClassifier(teacher, supports, labels)
-        same = ["--inversion_dir", str(folder / "inversion"), "--num_images_per_class", str(args.num_images_per_class)]
-        for kind, options in KINDS.items():
-            output_dir = folder / kind.replace(", ", "_").replace(" ", "_")
-            tint_generate.main(tint_generate.parse_args([*same, "--output_dir", str(output_dir), *options.split()]))
-            images, labels, *_ = load_folder(output_dir, 32)
-            with torch.no_grad():
-                right = torch.cat([classifier(x).argmax(-1) for x in images.split(100)]) == labels
-            named.setdefault(kind, []).append((right.sum().item(), len(right)))
-    report(root, args, curves, named, reconstruction)
+    report(root, args, curves, reconstruction)
 
 
-def report(root, args, curves, named, reconstruction):
+def report(root, args, curves, reconstruction):
     """Prints and writes what was measured."""
     # The loss of the vectors that would be kept, which are the best so far; a class that has stopped keeps its own.
     steps = max(([step for step, _ in c["curve"]] for c in curves), key=len)
     losses = [np.minimum.accumulate([loss for _, loss in c["curve"]]) for c in curves]
     losses = np.array([np.pad(x, (0, len(steps) - len(x)), mode="edge") for x in losses])
     best = np.array([c["best_word_loss"] for c in curves])
-    kinds = {k: sum(h for h, _ in v) for k, v in named.items()}
-    agreement = {}
-    for kind, hits in kinds.items():
-        count = sum(n for _, n in named[kind])
-        agreement[kind] = {"share": hits / count, "ci95": wilson_interval(hits, count), "images": count}
-        print(f"{kind}: the teacher agrees with {100 * hits / count:.1f}% of {count}")
     psnr = {k: float(np.mean([x for facts in reconstruction for x in facts[k]])) for k in reconstruction[0]}
     print("reconstruction", psnr)
     print(f"loss at steps {steps}: {losses.mean(0).round(4)}; stopped after "
@@ -122,7 +92,7 @@ def report(root, args, curves, named, reconstruction):
     save_plot(root / f"{args.split}.svg", "step", "loss on fixed noise and timesteps",
               {"learned word": list(zip(steps, losses.mean(0))), "best existing word": best_line})  # fmt: skip
     write_json(root / f"{args.split}.json", {
-        "settings": vars(args), "agreement": agreement, "reconstruction_psnr_db": psnr, "textual_inversion": curves,
+        "settings": vars(args), "reconstruction_psnr_db": psnr, "textual_inversion": curves,
         "mean_curve": [[s, float(x)] for s, x in zip(steps, losses.mean(0))], "mean_best_word_loss": float(best.mean()),
     })  # fmt: skip
 
@@ -131,12 +101,10 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--output_dir", default="outputs/measure_inversion")
-    add("--teacher", default="assets/teacher")
     add("--split", choices=["val", "novel"], default="val")
     add("--num_episodes", type=int, default=2)
     add("--num_ways", type=int, default=5)
     add("--num_shots", type=int, default=5)
-    add("--num_images_per_class", type=int, default=20)
     add("--num_threads", type=int, default=2)
     add("--seed", type=int, default=0)
     add("--invert", nargs=argparse.REMAINDER, default=[], help="options of tint_invert.py; they end the command line")

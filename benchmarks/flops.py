@@ -13,6 +13,7 @@ import json
 import sys
 import tempfile
 from contextlib import redirect_stdout
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -133,6 +134,7 @@ def inversion(args, iterations):
     return {"total": sum(parts.values())} | parts
 
 
+@cache
 def generation(num_inference_steps, guidance_steps):
     """TFLOP of generating one image."""
     pipe = stable_diffusion_1_5()

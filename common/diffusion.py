@@ -168,7 +168,7 @@ def denoise(unet, schedule, z, prompt_embeds, null_embeds, guidance_scale, guide
         if guided is None or i in guided:
             both = torch.cat([null_embeds[on, i], prompt_embeds[on]])
             eps_uncond, eps_cond = predict_noise(unet, schedule, torch.cat([z[on], z[on]]), i, both).chunk(2)
-            difference[on] = eps_cond - eps_uncond
+            difference[on] = (eps_cond - eps_uncond).to(z.dtype)
         else:
             eps_cond = predict_noise(unet, schedule, z[on], i, prompt_embeds[on])
         eps = guide(eps_cond - difference[on], eps_cond, w[on])

@@ -114,6 +114,35 @@ def test_alpha_out_of_range(run_dir, tmp_path):
     assert "between 0 and 1" in err
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--alpha", 0.5, "uniform"), "the word uniform alone"),
+        (("--guidance_scale", 2, 3), "one for each --alpha"),
+        (("--filter_threshold", 1.5), "must be a confidence"),
+        (("--filter_threshold", 0.5, "--support_dir", "/nowhere"), "say where with --support_dir"),
+    ],
+)
+def test_generation_options_that_cannot_be(run_dir, tmp_path, options, message):
+    err = rejected("tint_generate.py", "--inversion_dir", run_dir / "inversion", "--output_dir", tmp_path, *options)
+    assert message in err
+
+
+def test_damaged_shard(run_dir, tmp_path):
+    options = ("--num_images_per_class", 2, "--format", "webdataset", "--shard_size", 2)
+    launch("tint_generate.py", "--inversion_dir", run_dir / "inversion", "--output_dir", tmp_path, *options)
+    shard = tmp_path / "000000.tar"
+    shard.write_bytes(shard.read_bytes()[:700])
+    err = rejected("distill.py", "--support_dir", run_dir / "support", "--train_dir", tmp_path,
+                   "--output_dir", tmp_path / "student")  # fmt: skip
+    assert str(tmp_path) in err and "generate again" in err
+    shard.unlink()
+    (tmp_path / "metadata.jsonl").unlink()
+    err = rejected("distill.py", "--support_dir", run_dir / "support", "--train_dir", tmp_path,
+                   "--output_dir", tmp_path / "student")  # fmt: skip
+    assert "has not finished" in err
+
+
 def test_damaged_inversion(run_dir, tmp_path):
     shutil.copytree(run_dir / "inversion", tmp_path / "inversion")
     broken = sorted((tmp_path / "inversion").glob("*/null_text.safetensors"))[0]

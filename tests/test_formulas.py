@@ -173,6 +173,31 @@ def test_fixed_point_steps_make_ddim_inversion_exact():
     assert error[2] < 1e-5 < error[1] < error[0] / 2
 
 
+def test_guidance_is_kept_between_its_steps_and_images_join_when_they_are_told():
+    """A batch with its own guidance scales and first steps, against a loop by hand for each image."""
+    schedule, guided = make_schedule(6), [0, 2, 3]
+    network = Network(lambda z, t, c: (0.3 + 0.001 * t) * z + torch.tanh(c.sum((1, 2)) + t)[:, None, None, None])
+    z, cond, null = latents(3, 4, 4, 4), latents(3, 3, 2, seed=1), latents(3, 6, 3, 2, seed=2)
+    w, first = torch.tensor([3.0, 1.5, 7.5]), torch.tensor([0, 4, 6])
+    found = diffusion.denoise(network, schedule, z, cond, null, w, guided, first)
+    for k in range(3):
+        x, difference = z[k : k + 1], 0.0
+        for i in range(int(first[k]), 6):
+            eps_c, eps_u = (network(x, schedule.timesteps[i], e).sample for e in (cond[k : k + 1], null[k : k + 1, i]))
+            if i in guided:
+                difference = eps_c - eps_u
+            eps = eps_c + (w[k].item() - 1) * difference
+            a, b = schedule.abar[i], schedule.abar[i + 1]
+            x = np.sqrt(b / a) * (x - np.sqrt(1 - a) * eps) + np.sqrt(1 - b) * eps
+        torch.testing.assert_close(found[k : k + 1], x, rtol=1e-5, atol=1e-5)  # the network's answers are float32
+    torch.testing.assert_close(found[2], z[2])  # never joined
+
+
+def test_guided_steps_are_spread_evenly():
+    assert tint_generate.guided_steps(16, 7) == [0, 2, 4, 6, 9, 11, 13]
+    assert tint_generate.guided_steps(16, 99) == list(range(16)) and tint_generate.guided_steps(25, 1) == [0]
+
+
 def test_the_reference_preset_is_the_papers_and_the_command_line_has_the_last_word():
     args = tint_invert.parse_args(["--preset", "reference", "--null_text_steps", "3"])
     assert (args.max_train_steps, args.train_batch_size, args.learning_rate, args.patience) == (5000, 1, 1e-3, 0)

@@ -3,12 +3,16 @@
 import json
 import shutil
 
+import datasets
 import numpy as np
 import onnxruntime
 import pytest
+import scipy.spatial
+import scipy.stats
 import timm
 import torch
 import torch.nn.functional as F
+import webdataset
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
@@ -20,7 +24,17 @@ import tint_invert
 from benchmarks.flops import stable_diffusion_1_5
 from common import diffusion, models
 from common.images import load_folder, load_image
-from tests.conftest import ACCELERATE, INVERT, PYTHON, ROOT, THREE_PROCESSES, TWO_PROCESSES, killed_when, launch
+from tests.conftest import (
+    ACCELERATE,
+    ENVIRONMENT,
+    INVERT,
+    PYTHON,
+    ROOT,
+    THREE_PROCESSES,
+    TWO_PROCESSES,
+    killed_when,
+    launch,
+)
 
 
 def classes_of(root):
@@ -47,7 +61,7 @@ def test_inversion_writes_what_the_contract_says(run_dir):
         }
         for file in ("null_text", "null_text_plain"):
             tensors = load_file(folder / f"{file}.safetensors")
-            assert tensors["latents"].shape == (2, 4, 8, 8)
+            assert tensors["latents"].shape == (2, 4, 8, 8) == tensors["image_latents"].shape
             assert tensors["null_offsets"].shape == (2, 4, 16, 128) and tensors["null_offsets"].dtype == torch.float16
         facts = json.loads((folder / "inversion.json").read_text())
         assert facts["images"] == sorted(p.name for p in (run_dir / "support" / name).iterdir())
@@ -72,7 +86,7 @@ def test_the_learned_word_works_in_a_stock_pipeline(run_dir):
 
 
 def test_generation_writes_what_the_contract_says(run_dir):
-    rows = [json.loads(line) for line in (run_dir / "generated" / "metadata.jsonl").read_text().splitlines()]
+    rows = rows_of(run_dir / "generated")
     names = classes_of(run_dir)
     assert [row["file_name"] for row in rows] == [f"{name}/{i:05d}.png" for name in names for i in range(6)]
     assert [row["alpha"] for row in rows[:6]] == [0, 0.5, 1] * 2
@@ -93,35 +107,173 @@ def test_alpha_zero_gives_the_null_text_reconstruction_back(run_dir):
             assert psnr == pytest.approx(expected, abs=0.1)
 
 
-def test_images_do_not_depend_on_batch_size_processes_or_restarts(run_dir, tmp_path):
-    options = ("--num_images_per_class", 6, "--alpha", 0, 0.5, 1)
-    generate(run_dir, tmp_path / "two", *options, "--batch_size", 4, by=TWO_PROCESSES)
-    shutil.copytree(run_dir / "generated", tmp_path / "restarted")
-    removed = sorted((tmp_path / "restarted").glob("*/*.png"))[1::3]
+def files_below(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_images_are_the_same_to_the_byte_whatever_the_processes_and_interruptions(run_dir, tmp_path, monkeypatch):
+    monkeypatch.setitem(ENVIRONMENT, "OMP_NUM_THREADS", "1")  # with more threads, sums are made in another order
+    options = ("--num_images_per_class", 6, "--alpha", 0, 0.5, 1, "--batch_size", 4)
+    generate(run_dir, tmp_path / "one", *options)
+    expected = files_below(tmp_path / "one")
+    generate(run_dir, tmp_path / "two", *options, by=TWO_PROCESSES)
+    assert files_below(tmp_path / "two") == expected
+    killed = ("--inversion_dir", run_dir / "inversion", "--output_dir", tmp_path / "killed", *options)
+    killed_when(lambda: list((tmp_path / "killed").glob(".rows/*.jsonl")), "tint_generate.py", *killed)
+    made = files_below(tmp_path / "killed")
+    assert 4 <= sum(path.suffix == ".png" for path in made) < 12 and not (tmp_path / "killed" / "grid.png").exists()
+    generate(run_dir, tmp_path / "killed", *options)
+    assert files_below(tmp_path / "killed") == expected
+    removed = sorted((tmp_path / "killed").glob("*/*.png"))[1::3]
     for path in removed:
         path.unlink()
-    generate(run_dir, tmp_path / "restarted", *options, by=ACCELERATE)
-    for path in sorted((run_dir / "generated").glob("*/*.png")):
-        for other in ("two", "restarted"):
-            difference = np.abs(pixels(path) - pixels(tmp_path / other / path.relative_to(run_dir / "generated")))
-            assert difference.mean() < 1 and difference.max() < 16
-    metadata = {(d / "metadata.jsonl").read_text() for d in (run_dir / "generated", tmp_path / "two")}
-    assert len(metadata) == 1
+    generate(run_dir, tmp_path / "killed", *options)
+    assert files_below(tmp_path / "killed") == expected
+    for path in sorted((run_dir / "generated").glob("*/*.png")):  # made in batches of 50
+        difference = np.abs(pixels(path) - pixels(tmp_path / "one" / path.relative_to(run_dir / "generated")))
+        assert difference.mean() < 1 and difference.max() < 16
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
 
 
 def test_the_methods_start_from_what_they_say(run_dir, tmp_path):
     made = {}
-    for method in ("tint", "textual_inversion", "null_text"):
+    for method in ("tint", "textual_inversion", "null_text", "img2img"):
         generate(run_dir, tmp_path / method, "--num_images_per_class", 2, "--alpha", 1, "--method", method,
                  "--null_text_fade", 0)  # fmt: skip
         made[method] = load_folder(tmp_path / method)[0]
-    # At alpha 1 all three start from the same noise and differ by prompt and null-text alone.
+    # At alpha 1 all start from the same noise, img2img's with a trace of its image, and differ by prompt and null-text.
     for a, b in (("tint", "textual_inversion"), ("tint", "null_text"), ("textual_inversion", "null_text")):
         assert (made[a] - made[b]).abs().mean() > 0.003
+    assert 0 < (made["img2img"] - made["textual_inversion"]).abs().mean() < 0.05
     generate(run_dir, tmp_path / "faded", "--num_images_per_class", 2, "--alpha", 1, "--null_text_fade", 1)
     assert (load_folder(tmp_path / "faded")[0] - made["textual_inversion"]).abs().max() < 0.02  # no null-text is left
-    rows = [json.loads(line) for line in (tmp_path / "textual_inversion" / "metadata.jsonl").read_text().splitlines()]
+    rows = rows_of(tmp_path / "textual_inversion")
     assert "alpha" not in rows[0] and "support_image" not in rows[0]
+
+    generate(run_dir, tmp_path / "copies", "--num_images_per_class", 2, "--alpha", 0, 0.5, "--method", "img2img",
+             "--vae_slicing", "--vae_tiling")  # fmt: skip
+    pipe = diffusion.load_stable_diffusion("assets/mini-sd", "cpu")
+    for row in rows_of(tmp_path / "copies"):
+        original = load_image(run_dir / "support" / row["label"] / row["support_image"])[None]
+        decoded = diffusion.decode_latents(pipe.vae, diffusion.encode_images(pipe.vae, original))
+        distance = (load_image(tmp_path / "copies" / row["file_name"]) - decoded).abs().max()
+        assert (distance < 0.02) == (row["alpha"] == 0)  # noised by nothing: what the VAE makes of it
+
+
+def test_uniform_alphas_and_a_guidance_scale_for_each_alpha(run_dir, tmp_path):
+    generate(run_dir, tmp_path / "uniform", "--num_images_per_class", 40, "--alpha", "uniform")
+    alphas = [row["alpha"] for row in rows_of(tmp_path / "uniform")]
+    assert scipy.stats.kstest(alphas, "uniform").pvalue > 0.01 and len(set(alphas)) == 80
+    assert pixels(tmp_path / "uniform" / "grid.png").shape == (9 * 66 + 2, 4 * 66 + 2, 3)
+    generate(run_dir, tmp_path / "scales", "--num_images_per_class", 2, "--alpha", 0.9, 0.9, "--guidance_scale", 1, 6)
+    for kind in (1, 6):
+        generate(run_dir, tmp_path / str(kind), "--num_images_per_class", 2, "--alpha", 0.9, "--guidance_scale", kind)
+    for row in rows_of(tmp_path / "scales"):
+        same, other = ("1", "6") if row["index"] == 0 else ("6", "1")
+        assert row["guidance_scale"] == float(same)
+        image = pixels(tmp_path / "scales" / row["file_name"])
+        if row["index"] == 0:  # the second image of "scales" has the same support as the first, in the others the next
+            assert np.abs(image - pixels(tmp_path / same / row["file_name"])).mean() < 1
+            assert np.abs(image - pixels(tmp_path / other / row["file_name"])).mean() > 3
+
+
+def test_shards_hold_the_same_images_and_train_the_same_student(run_dir, tmp_path):
+    options = ("--num_images_per_class", 6, "--alpha", 0, 0.5, 1, "--batch_size", 4)
+    generate(run_dir, tmp_path / "folder", *options, "--image_format", "webp")
+    shards = (*options, "--image_format", "webp", "--format", "webdataset", "--shard_size", 4)
+    generate(run_dir, tmp_path / "shards", *shards, by=TWO_PROCESSES)
+    expected = files_below(tmp_path / "shards")
+    names = [str(tmp_path / "shards" / f"{k:06d}.tar") for k in range(3)]
+    samples = {s["__key__"]: s for s in webdataset.WebDataset(names, shardshuffle=False)}
+    rows = rows_of(tmp_path / "folder")
+    assert len(samples) == 12 == len(rows)
+    for row in rows:
+        sample = samples[row["file_name"].removesuffix(".webp")]
+        assert sample["webp"] == (tmp_path / "folder" / row["file_name"]).read_bytes()
+        assert json.loads(sample["json"]).items() >= row.items()
+    (tmp_path / "shards" / "000001.tar").unlink()
+    generate(run_dir, tmp_path / "shards", *shards)
+    assert files_below(tmp_path / "shards") == expected
+
+    students = []
+    for kind in ("folder", "shards"):
+        launch("distill.py", "--support_dir", run_dir / "support", "--train_dir", tmp_path / kind, "--output_dir",
+               tmp_path / f"{kind}-student", "--max_train_steps", 3, "--train_batch_size", 8)  # fmt: skip
+        students.append((tmp_path / f"{kind}-student" / "model.safetensors").read_bytes())
+    assert students[0] == students[1]
+
+
+def test_the_filter_drops_what_the_teacher_gives_to_another_class(run_dir, tmp_path):
+    options = ("--num_images_per_class", 8, "--alpha", 1)
+    generate(run_dir, tmp_path / "all", *options)
+    generate(run_dir, tmp_path / "filtered", *options, "--filter_threshold", 0.3)
+    images, labels, _, paths = load_folder(tmp_path / "all")
+    supports, support_labels, *_ = load_folder(run_dir / "support")
+    teacher = models.PrototypeClassifier(models.load_model("assets/teacher"), supports, support_labels)
+    with torch.no_grad():
+        confidences, answers = teacher(images).softmax(-1).max(-1)
+    wrong = {p.relative_to(tmp_path / "all") for p, bad in zip(paths, (answers != labels) & (confidences > 0.3)) if bad}
+    assert 0 < len(wrong) < 16  # four steps of diffusion at alpha 1 go wrong often enough
+    left = {path.relative_to(tmp_path / "filtered") for path in (tmp_path / "filtered").glob("*/*.png")}
+    assert left == {path.relative_to(tmp_path / "all") for path in paths} - wrong
+    dropped = [row for row in rows_of(tmp_path / "filtered") if row["file_name"] is None]
+    assert {f"{row['label']}/{row['index']:05d}.png" for row in dropped} == {str(path) for path in wrong}
+    assert all("the teacher calls it" in row["dropped"] for row in dropped)
+    before = files_below(tmp_path / "filtered")
+    generate(run_dir, tmp_path / "filtered", *options, "--filter_threshold", 0.3)  # finds nothing to do
+    assert files_below(tmp_path / "filtered") == before
+    loaded = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "filtered"), cache_dir=str(tmp_path / "c"))
+    assert sum(image is not None for image in loaded["train"]["image"]) == 16 - len(wrong)
+
+
+def test_generated_folders_open_as_the_libraries_expect(run_dir, tmp_path):
+    folder = run_dir / "generated"
+    loaded = datasets.load_dataset("imagefolder", data_dir=str(folder), cache_dir=str(tmp_path))["train"]
+    rows = rows_of(folder)
+    assert len(loaded) == len(rows) == len(ImageFolder(folder))
+    for row, sample in zip(rows, loaded):
+        assert sample["label"] == row["label"] and sample["alpha"] == row["alpha"]
+        assert (np.asarray(sample["image"]) == pixels(folder / row["file_name"])).all()
+
+
+def test_a_compiled_network_makes_the_same_images(run_dir, tmp_path):
+    options = ("--num_images_per_class", 1, "--alpha", 0.5)
+    for kind in ((), ("--compile",)):
+        generate(run_dir, tmp_path / f"compiled{len(kind)}", *options, *kind)
+    plain, compiled = (load_folder(tmp_path / f"compiled{k}")[0] for k in (0, 1))
+    assert (plain - compiled).abs().mean() < 1 / 255
+
+
+def test_specificity_and_diversity_of_a_generated_folder(run_dir, tmp_path):
+    output, _ = launch("evaluate.py", "--generated_dir", f"tint={run_dir / 'generated'}", "--support_dir",
+                       run_dir / "support", "--data_dir", run_dir / "query", "--output_dir", tmp_path)  # fmt: skip
+    results = json.loads((tmp_path / "results.json").read_text())
+    (images, labels, *_), (supports, support_labels, *_) = (
+        load_folder(run_dir / part, 32) for part in ("generated", "support")
+    )
+    teacher = models.load_model("assets/teacher")
+    with torch.no_grad():
+        f, g = (models.features(teacher, x).double().numpy() for x in (images, supports))
+    centre = g.mean(0)
+    alphas = np.array([row["alpha"] for row in rows_of(run_dir / "generated")])
+    for row in results["sets"]["tint"]:
+        at, nearest, pairwise = alphas == row["alpha"], [], []
+        for c in (0, 1):
+            own = f[at & (labels == c).numpy()] - centre
+            nearest += list(scipy.spatial.distance.cdist(own, g[support_labels == c] - centre, "cosine").min(1))
+            pairwise.append(scipy.spatial.distance.pdist(own, "cosine").mean())
+        assert row["images"] == 4 and row["agreement"]["mean"] in (0, 0.25, 0.5, 0.75, 1)
+        assert row["nearest_support"] == pytest.approx(np.mean(nearest), abs=1e-4)
+        assert row["pairwise"] == pytest.approx(np.mean(pairwise), abs=1e-4)
+    own = [scipy.spatial.distance.pdist(g[support_labels == c] - centre, "cosine") for c in (0, 1)]
+    assert results["real"]["supports"]["pairwise"] == pytest.approx(np.mean(own), abs=1e-4)
+    assert results["real"]["supports"]["nearest_support"] == pytest.approx(np.mean(own), abs=1e-4)  # two a class
+    assert results["real"]["real images"]["images"] > 20
+    assert f"{results['sets']['tint'][0]['nearest_support']:.3f}" in output
+    assert "Cosine distance to the nearest support" in (tmp_path / "report.html").read_text()
 
 
 def test_inversion_does_not_depend_on_batching_or_processes(run_dir, tmp_path):
