@@ -32,7 +32,7 @@ from common.cli import (
     write_json,
     write_json_lines,
 )
-from common.images import as_tensor, encode_image, load_image, save_grid, save_image
+from common.images import as_picture, as_tensor, encode_image, load_image, save_grid, save_image
 from common.models import PrototypeClassifier, input_size, load_model
 from common.shards import open_samples, write_shard
 
@@ -150,10 +150,11 @@ def load_filter(folders, args, device):
 
 @torch.no_grad()
 def drop_strangers(rows, images, teacher, names, threshold):
-    """Notes in the rows of a batch of images which of them the teacher gives to another class, with a confidence above
-    the threshold: these are dropped."""
+    """Notes in the rows of a batch of images which of them, as they will be written, the teacher gives to another class
+    with a confidence above the threshold: these are dropped."""
     size = input_size(teacher)[0]
-    confidences, answers = teacher(TF.resize(images, [size] * 2, antialias=True)).softmax(-1).max(-1)
+    pictures = torch.stack([as_tensor(as_picture(x), size) for x in images.cpu()]).to(images.device)
+    confidences, answers = teacher(pictures).softmax(-1).max(-1)
     for row, confidence, answer in zip(rows, confidences.tolist(), answers.tolist()):
         if names[answer] != row["label"] and confidence > threshold:
             row |= {"file_name": None, "dropped": f"the teacher calls it {names[answer]}, confidence {confidence:.3f}"}

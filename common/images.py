@@ -94,10 +94,15 @@ def load_folder(folder, size=None, classes=None):
     return torch.stack([load_image(path, size) for path in paths]), labels, list(by_class), paths
 
 
+def as_picture(image):
+    """A tensor [3, H, W] in [0, 1] as a PIL image."""
+    return TF.to_pil_image(image.mul(255).round().clamp(0, 255).byte())
+
+
 def encode_image(image, image_format="png"):
     """The bytes of a PNG or lossless WebP file of a tensor [3, H, W] in [0, 1]."""
     buffer = io.BytesIO()
-    TF.to_pil_image(image.mul(255).round().clamp(0, 255).byte()).save(buffer, image_format, lossless=True)
+    as_picture(image).save(buffer, image_format, lossless=True)
     return buffer.getvalue()
 
 

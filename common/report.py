@@ -9,9 +9,9 @@ import io
 import math
 
 import torch
-from torchvision.transforms.v2 import functional as TF
 
 from common.cli import whole_file
+from common.images import as_picture
 
 STYLE = """
 :root { --ink: #1a1a1a; --soft: #5a6270; --line: #d8dce2; --page: #fff; --mark: #1f5fa8; --band: #9fc0e6 }
@@ -51,7 +51,7 @@ def with_interval(result):
 def data_uri(image):
     """A tensor [3, H, W] in [0, 1], or a PIL image, as the text of a PNG that a page can hold."""
     if isinstance(image, torch.Tensor):
-        image = TF.to_pil_image(image.mul(255).round().clamp(0, 255).byte())
+        image = as_picture(image)
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

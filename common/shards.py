@@ -80,7 +80,7 @@ def read_folder(folder):
 def read_shards(shards):
     webdataset = load_webdataset()
     try:
-        for sample in webdataset.WebDataset([str(shard) for shard in shards], shardshuffle=False):
+        for sample in webdataset.WebDataset([str(shard) for shard in shards], shardshuffle=False, nodesplitter=iter):
             row = json.loads(sample["json"])
             if row["file_name"]:
                 yield row, io.BytesIO(sample[Path(row["file_name"]).suffix[1:]])

@@ -16,7 +16,7 @@ import tint_generate
 import tint_invert
 from benchmarks import flops
 from common import diffusion, models, statistics
-from common.cli import UserError
+from common.cli import UserError, generator
 from common.images import load_image
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
@@ -191,6 +191,30 @@ def test_guidance_is_kept_between_its_steps_and_images_join_when_they_are_told()
             x = np.sqrt(b / a) * (x - np.sqrt(1 - a) * eps) + np.sqrt(1 - b) * eps
         torch.testing.assert_close(found[k : k + 1], x, rtol=1e-5, atol=1e-5)  # the network's answers are float32
     torch.testing.assert_close(found[2], z[2])  # never joined
+
+
+class Tensors(dict):
+    """What safetensors gives of a file, as far as generation needs it."""
+
+    def get_slice(self, name):
+        tensor = self[name]
+        return type("Slice", (), {"get_shape": lambda _: list(tensor.shape), "__getitem__": lambda _, k: tensor[k]})()
+
+
+@pytest.mark.parametrize("alpha, first", [(0, 10), (0.3, 7), (0.65, 4), (1, 0)])
+def test_img2img_noises_its_support_as_the_scheduler_of_diffusers_does(alpha, first):
+    scheduler = DDIMScheduler(**BETAS, set_alpha_to_one=False, steps_offset=1)
+    schedule = diffusion.make_schedule(scheduler, 10)
+    z0 = latents(2, 4, 8, 8).float()
+    folders = {"cat": {"null_text": Tensors(latents=torch.zeros(2, 4, 8, 8), image_latents=z0.half())}}
+    row = {"label": "cat", "index": 3, "seed": 5, "support": 1, "alpha": alpha}
+    embeds = {"cat": torch.ones(3, 2)}
+    args = argparse.Namespace(method="img2img")
+    z, prompt, null, step = tint_generate.starting_point([row], folders, schedule, embeds, torch.zeros(1, 3, 2), args)
+    assert step.tolist() == [first] and prompt.shape == (1, 3, 2) and null.shape == (1, 1, 3, 2)
+    noise = torch.randn(4, 8, 8, generator=generator(5, "cat", 3))
+    t = schedule.timesteps[first] if first < 10 else 0  # after the last step, the noise of the first timestep is left
+    torch.testing.assert_close(z[0], scheduler.add_noise(z0[1], noise, torch.tensor(t)), atol=2e-3, rtol=0)
 
 
 def test_guided_steps_are_spread_evenly():
