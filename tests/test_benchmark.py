@@ -33,23 +33,29 @@ def test_a_benchmark_grows_by_what_is_new_only(tmp_path):
     records = {p: json.loads(p.read_text()) for p in (tmp_path / "episodes" / "00000").glob("result-*.json")}
     assert len(records) == 2 and len(list(tmp_path.glob("episodes/00000/invert-*"))) == 1
 
-    arms = ("prototypes", "tint", "free=tint --generate.alpha 1", "words=textual_inversion", "supports", "teacher")
+    arms = ("prototypes", "tint", "free=tint --generate.alpha 1", "words=textual_inversion", "img2img", "supports",
+            "teacher")  # fmt: skip
     launch(*base, "--num_episodes", 2, "--num_queries", 6, "--methods", *arms)
     now = files_of(tmp_path, "episodes/*/*/**/*.*")
     assert {path: now[path] for path in made} == made  # nothing was made again
     for folder in (tmp_path / "episodes").iterdir():
         scripts = [path.name.partition("-")[0] for path in folder.iterdir() if path.is_dir()]
-        assert {s: scripts.count(s) for s in scripts} == {"support": 1, "invert": 1, "generate": 3, "distill": 4}
+        assert {s: scripts.count(s) for s in scripts} == {"support": 1, "invert": 1, "generate": 4, "distill": 5}
     for path, before in records.items():
         after = json.loads(path.read_text())["correct"]
         assert {name: hits[:4] for name, hits in after.items()} == before["correct"]
         assert all(len(hits) == 6 for hits in after.values())
     results = results_of(tmp_path)
-    assert list(results["methods"]) == ["prototypes", "tint", "free", "words", "supports", "teacher"]
+    assert list(results["methods"]) == ["prototypes", "tint", "free", "words", "img2img", "supports", "teacher"]
     assert results["methods"]["tint"]["num_queries"] == 2 * 2 * 6
     assert results["episodes"][0] == first["episodes"][0]
-    assert len(results["paired_differences"]) == 15
-    assert len(results["examples"]) == 2 and set(results["examples"][0]["generated"]) == {"tint", "free", "words"}
+    assert len(results["paired_differences"]) == 21
+    assert len(results["examples"]) == 2 and list(results["examples"][0]["generated"]) == [
+        "tint",
+        "free",
+        "words",
+        "img2img",
+    ]
     assert (tmp_path / "report.html").is_file()
 
     _, error = launch(*base, "--seed", 1, "--methods", "teacher", code=2)

@@ -79,10 +79,29 @@ def accuracy(classes):
                      "methods": {NAME: method}, "paired_differences": []}  # fmt: skip
 
 
-CASES = [benchmark(1, 1), benchmark(2, 5), benchmark(8, 600), accuracy(2), accuracy(64)]
+def generated(alphas, pairs):
+    def row(value):
+        return {"images": 20, "agreement": interval(value), "nearest_support": 1 - value,
+                "pairwise": value / 2 if pairs else None}  # fmt: skip
+
+    sets = {f"{NAME}{i}": [{"alpha": a} | row(0.9 - 0.1 * i) for a in alphas] for i in range(2)}
+    return SHARED | {"kind": "generated", "classes": ["a", NAME], "sets": sets, "methods": {},
+                     "real": {"supports": row(0.8), "real images": row(0.85)}, "paired_differences": []}  # fmt: skip
 
 
-@pytest.mark.parametrize("results", CASES, ids=["one", "two", "many", "folder", "classes"])
+def test_generated_images_are_shown_against_alpha_where_there_is_something_to_show(tmp_path):
+    for alphas, pairs, lines in (([None], True, 0), ([0.5], True, 0), ([0, 0.5, 1], True, 6), ([0, 1], False, 4)):
+        write_report(tmp_path / "report.html", generated(alphas, pairs))
+        text = (tmp_path / "report.html").read_text()
+        assert text.count("<polyline") == lines and text.count("stroke-dasharray") == 1
+        assert text.count('class="dashed"') == lines / 2
+        assert Page(tmp_path / "report.html").words.count("90.0 [85.0, 94.0]") == len(alphas)
+
+
+CASES = [generated([0, 0.5, 1], True), benchmark(1, 1), benchmark(2, 5), benchmark(8, 600), accuracy(2), accuracy(64)]
+
+
+@pytest.mark.parametrize("results", CASES, ids=["generated", "one", "two", "many", "folder", "classes"])
 def test_pages_stand_alone(results, tmp_path):
     path = tmp_path / "report.html"
     write_report(path, results)
@@ -103,9 +122,9 @@ def test_pages_stand_alone(results, tmp_path):
     if results["paired_differences"]:
         assert "-1.2 [-6.2, +2.8]" in page.words
     if results["kind"] == "benchmark":
-        lines = path.read_text().count("<polyline")
-        assert lines == (results["dataset"]["num_episodes"] if len(results["methods"]) > 1 else 0)
-        assert ("against alpha" in page.words) == (len(results["methods"]) > 2)
+        lines, against_alpha = path.read_text().count("<polyline"), len(results["methods"]) > 2
+        assert lines == (results["dataset"]["num_episodes"] if len(results["methods"]) > 1 else 0) + against_alpha
+        assert ("against alpha" in page.words) == against_alpha
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="Chromium is not installed")
