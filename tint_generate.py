@@ -21,6 +21,7 @@ from common.cli import (
     UserError,
     argument_parser,
     check_settings,
+    digest,
     fingerprint,
     generator,
     peak_memory,
@@ -29,10 +30,11 @@ from common.cli import (
     run,
     settings_of,
     start,
+    whole_file,
     write_json,
     write_json_lines,
 )
-from common.images import as_picture, as_tensor, encode_image, load_image, save_grid, save_image
+from common.images import as_picture, as_tensor, encode_image, load_image, save_grid
 from common.models import PrototypeClassifier, input_size, load_model
 from common.shards import open_samples, write_shard
 
@@ -272,17 +274,23 @@ def file_name(row, args):
 
 
 def write_images(k, rows, images, args):
-    """Writes chunk `k`: its images, but for those dropped, as files or as one shard; then its rows, which mark it."""
+    """Writes chunk `k`: its images, but for those dropped, as files or as one shard; then its rows, which mark it.
+
+    Args:
+        images: of each row the bytes of its file.
+    """
     output_dir = Path(args.output_dir)
     rows = [{"file_name": file_name(row, args)} | row for row in rows]
     if args.format == "webdataset":
         rows = [row | {"shard": f"{k:06d}.tar"} for row in rows]
-        write_shard(output_dir / f"{k:06d}.tar", rows, [encode_image(x, args.image_format) for x in images])
+        write_shard(output_dir / f"{k:06d}.tar", rows, images)
     else:
         for row, image in zip(rows, images):
             if row["file_name"]:
-                save_image(image, output_dir / row["file_name"])
-    write_json_lines(output_dir / ROWS / f"{k:06d}.jsonl", rows)
+                with whole_file(output_dir / row["file_name"]) as path:
+                    path.write_bytes(image)
+    mark = digest([(row["label"], row["index"]) for row in rows])  # other batches in a later run have other marks
+    write_json_lines(output_dir / ROWS / f"{mark}.jsonl", rows)
 
 
 def main(args):
@@ -349,9 +357,9 @@ def main(args):
                     raise UserError(f"{file_name(batch[0], args)} came out as NaN: use --mixed_precision bf16 or no.")
                 if teacher is not None:
                     drop_strangers(batch, x, teacher, list(folders), args.filter_threshold)
-                images.append(x.cpu())
+                images += [encode_image(image, args.image_format) for image in x.cpu()]
                 progress.update(len(batch))
-            write_images(k, chunk, torch.cat(images), args)
+            write_images(k, chunk, images, args)
     new = accelerator.gather(torch.tensor([new], device=device)).sum().item()
     if accelerator.is_main_process:
         finished = read_finished(output_dir)

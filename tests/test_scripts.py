@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -129,6 +130,11 @@ def test_images_are_the_same_to_the_byte_whatever_the_processes_and_interruption
         path.unlink()
     generate(run_dir, tmp_path / "killed", *options)
     assert files_below(tmp_path / "killed") == expected
+    killed_when(lambda: list((tmp_path / "more").glob(".rows/*.jsonl")), "tint_generate.py", "--inversion_dir",
+                run_dir / "inversion", "--output_dir", tmp_path / "more", *options[2:], "--num_images_per_class", 4,
+                "--batch_size", 3)  # fmt: skip
+    generate(run_dir, tmp_path / "more", *options)  # goes on with more images in other batches
+    assert (tmp_path / "more" / "metadata.jsonl").read_bytes() == expected[Path("metadata.jsonl")]
     for path in sorted((run_dir / "generated").glob("*/*.png")):  # made in batches of 50
         difference = np.abs(pixels(path) - pixels(tmp_path / "one" / path.relative_to(run_dir / "generated")))
         assert difference.mean() < 1 and difference.max() < 16
