@@ -171,6 +171,7 @@ def denoise(unet, schedule, z, prompt_embeds, null_embeds, guidance_scale, guide
             difference[on] = (eps_cond - eps_uncond).to(z.dtype)
         else:
             eps_cond = predict_noise(unet, schedule, z[on], i, prompt_embeds[on])
-        eps = guide(eps_cond - difference[on], eps_cond, w[on])
+            eps_uncond = eps_cond - difference[on]
+        eps = guide(eps_uncond, eps_cond, w[on])
         z[on] = ddim_step(z[on], eps, schedule.abar[i], schedule.abar[i + 1])
     return z

@@ -436,4 +436,5 @@ def test_operations_are_counted_as_the_network_is_large():
     assert ours["total"] == pytest.approx(sum(v for k, v in ours.items() if k != "total")) and ours["total"] < 1660
     steps = {"textual_inversion_steps": 5000, "validations": 0, "null_text_steps": 250}
     assert flops.inversion(settings[1], steps)["textual inversion"] == pytest.approx(5000 * 1.669, rel=0.02)
-    assert flops.generation(25) == pytest.approx(42.7, abs=0.05)
+    assert flops.generation(25, 25) == pytest.approx(42.7, abs=0.05)
+    assert flops.generation(16, tint_generate.parse_args([]).guidance_steps) <= 21

@@ -164,8 +164,8 @@ def test_the_methods_start_from_what_they_say(run_dir, tmp_path):
     for row in rows_of(tmp_path / "copies"):
         original = load_image(run_dir / "support" / row["label"] / row["support_image"])[None]
         decoded = diffusion.decode_latents(pipe.vae, diffusion.encode_images(pipe.vae, original))
-        distance = (load_image(tmp_path / "copies" / row["file_name"]) - decoded).abs().max()
-        assert (distance < 0.02) == (row["alpha"] == 0)  # noised by nothing: what the VAE makes of it
+        distance = (load_image(tmp_path / "copies" / row["file_name"]) - decoded).abs().mean()
+        assert (distance < 0.02) == (row["alpha"] == 0)  # hardly noised: what the VAE makes of it
 
 
 def test_uniform_alphas_and_a_guidance_scale_for_each_alpha(run_dir, tmp_path):
@@ -185,7 +185,8 @@ def test_uniform_alphas_and_a_guidance_scale_for_each_alpha(run_dir, tmp_path):
             assert np.abs(image - pixels(tmp_path / other / row["file_name"])).mean() > 3
 
 
-def test_shards_hold_the_same_images_and_train_the_same_student(run_dir, tmp_path):
+def test_shards_hold_the_same_images_and_train_the_same_student(run_dir, tmp_path, monkeypatch):
+    monkeypatch.setitem(ENVIRONMENT, "OMP_NUM_THREADS", "1")
     options = ("--num_images_per_class", 6, "--alpha", 0, 0.5, 1, "--batch_size", 4)
     generate(run_dir, tmp_path / "folder", *options, "--image_format", "webp")
     shards = (*options, "--image_format", "webp", "--format", "webdataset", "--shard_size", 4)
