@@ -233,7 +233,7 @@ def pad(items, length, filler):
 
 
 def check_arguments(args):
-    """Raises UserError for options that cannot be, and settles those that stand for others."""
+    """Raises UserError for options that cannot be."""
     numbers = [alpha for alpha in args.alpha if alpha != "uniform"]
     if any(not 0 <= alpha <= 1 for alpha in numbers) or (numbers and "uniform" in args.alpha):
         raise UserError(f"--alpha {args.alpha}: give numbers between 0 and 1, or the word uniform alone.")
@@ -247,12 +247,9 @@ def check_arguments(args):
 
 def recorded_settings(args):
     """The options that decide which images are made."""
-    how = ["num_images_per_class", "batch_size", "inversion_dir", "support_dir"]
-    how += ["vae_slicing", "vae_tiling", "compile"]
-    if args.format == "folder":
-        how.append("shard_size")
-    else:
-        how.remove("num_images_per_class")  # more images would fall into other shards
+    how = ["batch_size", "inversion_dir", "support_dir", "vae_slicing", "vae_tiling", "compile"]
+    if args.format == "folder":  # to which images can be added; in shards, more would fall into other files
+        how += ["num_images_per_class", "shard_size"]
     if args.filter_threshold is None:
         how += ["teacher", "teacher_image_size"]
     return settings_of(args, *how)
