@@ -1,87 +1,116 @@
 """Teaches a tiny student what a strong teacher knows, on generated images.
 
-The teacher is specialised on the real support images by cosine prototypes. Teacher and student then see the same
-augmented view of an image, real or generated, and the student is trained towards the teacher's answer (Hinton et al.,
-1503.02531; one view for both and mixup as in "consistent teaching", Beyer et al., 2106.05237).
+The teacher is specialised on the real support images. Teacher and student then see the same augmented view of an
+image, and the student is trained towards the teacher's answer (Hinton et al., 1503.02531; one view for both, mixup, and
+long schedules as in "consistent teaching", Beyer et al., 2106.05237) and, if wished, its features and the known label.
 
     accelerate launch distill.py --train_dir outputs/demo/generated --support_dir outputs/demo/support
+
+It may be killed at any moment: started again, it goes on from its last checkpoint and ends with the same weights.
 """
 
+import itertools
 import math
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
 from common import models
+from common.checkpoint import load_checkpoint, load_facts, save_checkpoint
 from common.cli import (
     UserError,
     argument_parser,
     check_settings,
+    compare_settings,
     fingerprint,
     generator,
+    natural_int,
     positive_int,
     run,
     settings_of,
+    share,
     start,
     whole_file,
     write_json,
 )
-from common.images import list_images, load_folder, open_image
+from common.images import as_tensor, find_images, list_images, open_image
 from common.shards import list_samples, open_samples
+from common.teachers import SPECIALISATIONS, specialise
+
+TRAIN_DIR = "outputs/demo/generated"
+UNKNOWN = -1  # the label of an image that nobody has labelled
+DIVERGED = 3  # times the loss of a student that knows nothing
+OUTSIDE = ("checkpointing_steps", "dataloader_num_workers", "support_dir", "train_dir", "unlabeled_dir")
+
+
+@contextmanager
+def seeded(rng):
+    """Inside, the global generator, from which torchvision's transforms draw, starts in the state of `rng`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.set_state(rng.get_state())
+        yield
 
 
 class Views(Dataset):
-    """Augmented views of support and generated images; view i depends on (seed, i) alone.
+    """Augmented views of supports and other images; view i depends on (seed, i) alone.
 
     Args:
-        supports, generated: PIL images, on which torchvision's colour transforms are fast; generated may be empty.
-        support_ratio: the share of views that show a support image.
-        augment: torchvision transform of one image.
-        count: number of views.
+        supports, others: lists of (PIL image, label), `others` may be empty.
+        support_ratio: the share of views that show a support.
+        augment: torchvision transform of a PIL image to a view [3, size, size] in [0, 1].
     """
 
-    def __init__(self, supports, generated, support_ratio, augment, seed, count):
-        self.pools = [supports, generated]
-        self.support_ratio = support_ratio if len(generated) else 1.0
-        self.augment, self.seed, self.count = augment, seed, count
-
-    def __len__(self):
-        return self.count
+    def __init__(self, supports, others, num_classes, support_ratio, augment, seed):
+        self.pools, self.num_classes = [supports, others], num_classes
+        self.support_ratio = support_ratio if others else 1.0
+        self.augment, self.seed = augment, seed
 
     def __getitem__(self, i):
+        """A view, and its label as one-hot vector [num_classes], which is zero where the label is unknown."""
         rng = generator(self.seed, "view", i)
         pool = self.pools[int(torch.rand((), generator=rng) >= self.support_ratio)]
-        image = pool[torch.randint(len(pool), (), generator=rng)]
-        with torch.random.fork_rng(devices=[]):  # torchvision's transforms draw from the global generator
-            torch.random.default_generator.set_state(rng.get_state())
-            return self.augment(image)
+        image, label = pool[torch.randint(len(pool), (), generator=rng)]
+        with seeded(rng):
+            return self.augment(image), (torch.arange(self.num_classes) == label).float()
 
 
 def augmentation(size, args):
-    """What makes a view [3, size, size] in [0, 1] of a PIL image: random resized crop, mirroring, colours."""
+    """What makes a view [3, size, size] in [0, 1] of a PIL image: colours, random resized crop, mirroring."""
     jitter = args.color_jitter
     return v2.Compose(
         [
+            v2.ColorJitter(jitter, jitter, jitter, jitter / 4),
             v2.RandomResizedCrop(size, scale=(args.min_crop, 1.0), antialias=True),
             v2.RandomHorizontalFlip(args.flip_probability),
-            v2.ColorJitter(jitter, jitter, jitter, jitter / 4),
             v2.ToImage(),
             v2.ToDtype(torch.float32, scale=True),
         ]
     )
 
 
-def mixup(views, strength, rng):
-    """lam * x + (1 - lam) * x', with lam ~ Beta(strength, strength) and x' the batch in reverse (1710.09412)."""
-    if not strength:
-        return views
-    lam = rng.beta(strength, strength)
-    return lam * views + (1 - lam) * views.flip(0)
+def mixing(args):
+    """Mixup (1710.09412) or CutMix (1905.04899) of a batch and its one-hot labels, one of the two where both are on."""
+    kinds = [kind(alpha=alpha) for kind, alpha in ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)) if alpha]
+    return v2.RandomChoice(kinds) if kinds else None
+
+
+def batch_numbers(args, first_step, rank, num_processes):
+    """Which batch of views a process sees in each of its passes; with --num_views they come round again and again."""
+    rounds = math.ceil(args.num_views / args.train_batch_size)
+    passes = range(
+        first_step * args.gradient_accumulation_steps, args.max_train_steps * args.gradient_accumulation_steps
+    )
+    numbers = [i * num_processes + rank for i in passes]
+    return [number % rounds for number in numbers] if rounds else numbers
 
 
 def distillation_loss(student_logits, teacher_logits, temperature):
@@ -91,6 +120,34 @@ def distillation_loss(student_logits, teacher_logits, temperature):
     return temperature**2 * F.kl_div(s, t, reduction="batchmean", log_target=True)
 
 
+def feature_loss(projected, teacher_embedding):
+    """1 - cosine of the student's projected features and the teacher's, mean over the batch (FitNets, 1412.6550, with
+    the cosine instead of the square)."""
+    return (1 - F.cosine_similarity(projected.float(), teacher_embedding.float(), dim=-1)).mean()
+
+
+def total_loss(logits, projected, teacher_logits, teacher_embedding, targets, args):
+    """(1 - h) * distillation + h * cross-entropy of known labels + w * features."""
+    loss = (1 - args.hard_label_weight) * distillation_loss(logits, teacher_logits, args.temperature)
+    if args.hard_label_weight:
+        loss = loss + args.hard_label_weight * F.cross_entropy(logits.float(), targets)  # an unknown label adds 0
+    if args.feature_weight:
+        loss = loss + args.feature_weight * feature_loss(projected, teacher_embedding)
+    return loss
+
+
+def loss_of_ignorance(num_classes, args):
+    """`total_loss` of equal logits and features at right angles, where the teacher is sure and labels are known."""
+    weight = (1 - args.hard_label_weight) * args.temperature**2 + args.hard_label_weight
+    return weight * math.log(num_classes) + args.feature_weight
+
+
+def learning_rate(step, args):
+    """Linear warm-up over a twentieth of the steps, then a cosine to zero."""
+    warmup = min(1.0, (step + 1) / (args.max_train_steps / 20))
+    return args.learning_rate * warmup * (1 + math.cos(math.pi * step / args.max_train_steps)) / 2
+
+
 def imprint(student, supports, labels, scale):
     """Starts the student's head, where it is linear, at its own prototypes (imprinting, Qi et al., 1712.07136).
 
@@ -98,7 +155,7 @@ def imprint(student, supports, labels, scale):
     its answers are those of the prototype classifier.
     """
     head = student.get_classifier()
-    if not isinstance(head, torch.nn.Linear):
+    if not isinstance(head, nn.Linear):
         return
     with torch.no_grad():
         imprinted = models.PrototypeClassifier(student, supports, labels)
@@ -106,17 +163,162 @@ def imprint(student, supports, labels, scale):
         head.bias.copy_(-head.weight @ imprinted.center)
 
 
-def is_trained(student):
-    """A student from a folder or the hub starts with its weights, one by plain timm name with random ones."""
-    return Path(student).is_dir() or student.startswith("hf-hub:")
+class Learner(nn.Module):
+    """The student and, for feature matching, a linear map of its features to the teacher's, which is thrown away."""
+
+    def __init__(self, student, teacher_width=None):
+        super().__init__()
+        self.student = student
+        self.projection = nn.Linear(student.head_hidden_size, teacher_width) if teacher_width else None
+
+    def forward(self, views):
+        """Views [B, 3, H, W] in [0, 1] to logits [B, C] and projected features [B, D], or None."""
+        maps = self.student.forward_features(models.normalize(self.student, views))
+        projected = self.projection(self.student.forward_head(maps, pre_logits=True)) if self.projection else None
+        return self.student.forward_head(maps), projected
 
 
 def load_student(args, num_classes):
-    """The student before training, with a new head for `num_classes` classes."""
+    """The student before training, with a new head for `num_classes` classes, and whether it has been trained before.
+
+    It has weights from a folder, the hub or --student_checkpoint, and by plain timm name random ones.
+    """
     torch.manual_seed(args.seed)
-    student = models.load_model(args.student, pretrained=is_trained(args.student), image_size=args.student_image_size)
+    pretrained = Path(args.student).is_dir() or args.student.startswith("hf-hub:")
+    size, checkpoint = args.student_image_size, args.student_checkpoint
+    student = models.load_model(args.student, pretrained, size, checkpoint)
     student.reset_classifier(num_classes)
-    return student
+    return student, pretrained or bool(checkpoint)
+
+
+def load_teacher(args, pictures, labels, device):
+    """The teacher, specialised on the supports: see `common.teachers.specialise`.
+
+    Args:
+        pictures: the supports as PIL images. labels: their classes [S].
+    """
+    model = models.load_model(args.teacher, True, args.teacher_image_size, args.teacher_checkpoint).to(device)
+    size = models.input_size(model)[0]
+    augment = augmentation(size, args)
+
+    def views(number):
+        found = []
+        for i, picture in enumerate(pictures):
+            with seeded(generator(args.seed, "teacher", number, i)):
+                found.append(augment(picture))
+        return torch.stack(found).to(device)
+
+    supports = torch.stack([as_tensor(picture, size) for picture in pictures]).to(device)
+    model = model.to(memory_format=torch.channels_last)
+    return specialise(model, supports, labels, args.teacher_specialization, args.teacher_scale, views)
+
+
+def list_others(args, classes):
+    """The folder of labelled images and the files of unlabelled ones that are to be trained on beside the supports."""
+    if args.supports_only:
+        return None, []
+    train_dir = args.train_dir or (None if args.unlabeled_dir else TRAIN_DIR)
+    return train_dir, find_images(args.unlabeled_dir) if args.unlabeled_dir else []
+
+
+def open_others(train_dir, unlabeled, classes, side):
+    """(PIL image, label) of a folder of labelled images and of files of unlabelled ones, no larger than `side`."""
+    others = [(image, classes.index(row["label"])) for row, image in open_samples(train_dir)] if train_dir else []
+    others += [(open_image(path), UNKNOWN) for path in unlabeled]
+    return [(at_most(image, side), label) for image, label in others]
+
+
+def at_most(image, side):
+    return image if image.width <= side else image.resize((side, side), Image.Resampling.BICUBIC)
+
+
+def answering(teacher, args):
+    """Function of a batch's number and its views to the teacher's logits and, for feature matching, its embedding.
+
+    Where batches come round again (--num_views), each is answered once only.
+    """
+    answers = {}
+
+    @torch.no_grad()
+    def answer(number, views):
+        if number not in answers:
+            embedding = teacher.embed(views)
+            found = teacher.classify(embedding), embedding if args.feature_weight else None
+            if not args.num_views:
+                return found
+            answers[number] = found
+        return answers[number]
+
+    return answer
+
+
+def train(student, teacher, views, args, accelerator, settings):
+    """Distils the teacher into the student.
+
+    Returns:
+        the trained student, and its mean losses as [[step, loss], ...].
+    """
+    device, checkpoint = accelerator.device, Path(args.output_dir) / "checkpoint.safetensors"
+    learner = Learner(student, teacher.prototypes.shape[1] if args.feature_weight else None)
+    learner = learner.to(device, memory_format=torch.channels_last)
+    average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay), use_buffers=True)
+    optimizer = torch.optim.AdamW(learner.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
+    state = {"learner": learner, "average": average, "optimizer": optimizer}
+    facts = load_facts(checkpoint)
+    compare_settings(checkpoint, facts.get("settings", settings), settings)
+    load_checkpoint(checkpoint, **state)
+    first_step, recent, losses = facts.get("step", 0), facts.get("recent", []), facts.get("losses", [])
+    accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
+    model, prepared = accelerator.prepare(learner, optimizer)
+
+    numbers = batch_numbers(args, first_step, accelerator.process_index, accelerator.num_processes)
+    sampler = [range(n * args.train_batch_size, (n + 1) * args.train_batch_size) for n in numbers]
+    loader = DataLoader(views, batch_sampler=sampler, num_workers=args.dataloader_num_workers)
+    batches, mix, answer = zip(numbers, loader), mixing(args), answering(teacher, args)
+    interval, ignorance = max(1, args.max_train_steps // 10), loss_of_ignorance(views.num_classes, args)
+    progress = tqdm(total=args.max_train_steps, initial=first_step, desc="distilling",
+                    disable=not accelerator.is_local_main_process)  # fmt: skip
+    model.train()
+    for step in range(first_step, args.max_train_steps):
+        for group in prepared.param_groups:
+            group["lr"] = learning_rate(step, args)
+        step_loss = 0.0
+        for number, (x, targets) in itertools.islice(batches, args.gradient_accumulation_steps):
+            x, targets = x.to(device), targets.to(device)
+            if mix:
+                with seeded(generator(args.seed, "mix", number)):
+                    x, targets = mix(x, targets)
+            torch.manual_seed(generator(args.seed, "dropout", step, number).initial_seed())
+            with accelerator.accumulate(model):
+                with accelerator.autocast():
+                    loss = total_loss(*model(x), *answer(number, x), targets, args)
+                accelerator.backward(loss)
+                prepared.step()
+                prepared.zero_grad()
+            step_loss += accelerator.reduce(loss.detach(), "mean").item() / args.gradient_accumulation_steps
+        if args.ema_decay:
+            average.update_parameters(student)
+
+        recent.append(step_loss)
+        if not math.isfinite(step_loss):
+            raise UserError(f"the loss is {step_loss} at step {step}: use a smaller --learning_rate, or no fp16.")
+        if len(recent) == interval or step + 1 == args.max_train_steps:
+            losses.append([step + 1, float(np.mean(recent))])
+            recent.clear()
+            progress.set_postfix(loss=f"{losses[-1][1]:.4f}")
+            accelerator.log({"distillation/loss": losses[-1][1], "learning_rate": learning_rate(step, args)}, step + 1)
+            if losses[-1][1] > DIVERGED * ignorance:
+                raise UserError(
+                    f"the loss is {losses[-1][1]:.3g} by step {step}, and a student that knows nothing has "
+                    f"{ignorance:.3g}: training diverges. Use a smaller --learning_rate."
+                )
+        progress.update()
+        if (step + 1) % args.checkpointing_steps == 0 and step + 1 < args.max_train_steps:
+            if accelerator.is_main_process:
+                facts = {"settings": settings, "step": step + 1, "recent": recent, "losses": losses}
+                save_checkpoint(checkpoint, facts, **state)
+            accelerator.wait_for_everyone()
+    return (average.module if args.ema_decay else student), losses
 
 
 def write_card(path, args, classes, counts, losses):
@@ -130,9 +332,9 @@ def write_card(path, args, classes, counts, losses):
         "",
         f"Classes: {', '.join(classes)}.",
         "",
-        f"Distilled from `{args.teacher}`, specialised by cosine prototypes on {counts[0]} support images, in "
-        f"{args.max_train_steps} steps of {args.train_batch_size} views of these and of {counts[1]} generated images. "
-        f"Mean distillation loss at the end: {losses[-1][1]:.4f}.",
+        f"Distilled from `{args.teacher}`, specialised by {args.teacher_specialization} on {counts[0]} support images, "
+        f"in {args.max_train_steps} steps of {args.train_batch_size} views of these and of {counts[1]} other images. "
+        f"Mean loss at the end: {losses[-1][1]:.4f}.",
         "",
         "```python",
         "import common.models  # knows this project's own architectures",
@@ -147,100 +349,107 @@ def write_card(path, args, classes, counts, losses):
 def main(args):
     accelerator = start(args)
     output_dir = Path(args.output_dir)
-    classes = list_images(args.support_dir)
-    if len(classes) < 2:
+    by_class = list_images(args.support_dir)
+    if len(by_class) < 2:
         raise UserError(f"{args.support_dir} holds one class only: there is nothing to tell apart.")
-    generated = [] if args.supports_only else list_samples(args.train_dir, classes)
-    settings = settings_of(args, "dataloader_num_workers", "support_dir", "train_dir") | {
-        "support_images": fingerprint(path for group in classes.values() for path in group),
-        "generated_images": fingerprint(generated),
+    classes, paths = list(by_class), [path for group in by_class.values() for path in group]
+    train_dir, unlabeled = list_others(args, classes)
+    files = (list_samples(train_dir, classes) if train_dir else []) + unlabeled
+    settings = settings_of(args, *OUTSIDE) | {
+        "support_images": fingerprint(paths),
+        "other_images": fingerprint(files),
+        "num_processes": accelerator.num_processes,
     }
     if check_settings(output_dir / "distill.json", settings):
         accelerator.print(f"{output_dir} is already there, with the same settings")
         return
 
-    teacher = models.load_model(args.teacher, image_size=args.teacher_image_size)
-    student = load_student(args, len(classes))
-    size = max(models.input_size(teacher) + models.input_size(student))
-    supports, labels, classes, paths = load_folder(args.support_dir, size, classes)
-    device = accelerator.device
-    teacher = models.PrototypeClassifier(teacher.to(device), supports.to(device), labels, args.teacher_scale)
-    if is_trained(args.student):
+    labels = torch.tensor([label for label, group in enumerate(by_class.values()) for _ in group])
+    pictures = [open_image(path) for path in paths]
+    teacher = load_teacher(args, pictures, labels, accelerator.device)
+    student, is_trained = load_student(args, len(classes))
+    if is_trained:
+        supports = torch.stack([as_tensor(picture, models.input_size(student)[0]) for picture in pictures])
         imprint(student, supports, labels, args.teacher_scale)
 
-    generated = [image for _, image in open_samples(args.train_dir, size)] if generated else []
-    views = Views(
-        [open_image(path, size) for path in paths],
-        generated,
-        args.support_ratio,
-        augmentation(size, args),
-        args.seed,
-        args.max_train_steps * args.train_batch_size * accelerator.num_processes,
-    )
-    loader = DataLoader(views, args.train_batch_size, num_workers=args.dataloader_num_workers)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
-    student, optimizer, loader = accelerator.prepare(student, optimizer, loader)
-    mix = np.random.default_rng(args.seed)
-    student.train()
-
-    losses, recent = [], []
-    progress = tqdm(loader, desc="distilling", disable=not accelerator.is_local_main_process)
-    for step, x in enumerate(progress):
-        for group in optimizer.param_groups:  # linear warm-up over a twentieth of the steps, then a cosine to zero
-            warmup = min(1.0, (step + 1) / (args.max_train_steps / 20))
-            group["lr"] = args.learning_rate * warmup * (1 + math.cos(math.pi * step / args.max_train_steps)) / 2
-        x = mixup(x, args.mixup, mix)
-        with accelerator.autocast():
-            with torch.no_grad():
-                teacher_logits = teacher(x)
-            student_logits = student(models.normalize(accelerator.unwrap_model(student), x))
-        loss = distillation_loss(student_logits, teacher_logits, args.temperature)
-        accelerator.backward(loss)
-        optimizer.step()
-        optimizer.zero_grad()
-        recent.append(loss.item())
-        if not math.isfinite(recent[-1]):
-            raise UserError(f"the loss is {recent[-1]} at step {step}: use a smaller --learning_rate, or no fp16.")
-        if len(recent) == max(1, args.max_train_steps // 10) or step + 1 == args.max_train_steps:
-            losses.append((step + 1, float(np.mean(recent))))
-            progress.set_postfix(loss=f"{losses[-1][1]:.4f}")
-            accelerator.log({"distillation/loss": losses[-1][1]}, step + 1)
-            recent.clear()
+    size = max(models.input_size(teacher) + models.input_size(student))
+    side = math.ceil(size / math.sqrt(args.min_crop))  # so that the smallest crop need not be enlarged
+    supports = [(at_most(picture, side), label) for picture, label in zip(pictures, labels.tolist())]
+    others = open_others(train_dir, unlabeled, classes, side)
+    views = Views(supports, others, len(classes), args.support_ratio, augmentation(size, args), args.seed)
+    student, losses = train(student, teacher, views, args, accelerator, settings)
 
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        models.save_model(accelerator.unwrap_model(student).eval(), output_dir, classes)
-        counts = (len(supports), len(generated))
+        models.save_model(student.to(memory_format=torch.contiguous_format).eval(), output_dir, classes)
+        counts = (len(supports), len(others))
         write_card(output_dir / "README.md", args, classes, counts, losses)
         facts = {"settings": settings, "classes": classes, "images": counts, "loss": losses}
         write_json(output_dir / "distill.json", facts)  # last: it marks the student as done
+        (output_dir / "checkpoint.safetensors").unlink(missing_ok=True)
     accelerator.end_training()
-    accelerator.print(f"{output_dir}: final distillation loss {losses[-1][1]:.4f}")
+    accelerator.print(f"{output_dir}: final loss {losses[-1][1]:.4f}")
 
 
 def parse_args(argv=None):
     parser = argument_parser(__doc__, "outputs/demo/student")
     add = parser.add_argument
     add("--support_dir", default="outputs/demo/support", help="the real images: one folder per class")
-    add("--train_dir", default="outputs/demo/generated", help="generated images: one folder per class, or tar shards")
-    add("--supports_only", action="store_true", help="train on the supports alone, without --train_dir")
-    add("--teacher", default="assets/teacher", help="timm backbone: model folder, timm name or hf-hub:name")
-    add("--teacher_scale", type=float, default=10.0, help="inverse softmax temperature of cosine similarities")
-    add("--teacher_image_size", type=positive_int, help="the teacher's input side; default: its own")
-    add("--student", default="assets/student", help="model folder to start from, or timm name for random weights")
-    add("--student_image_size", type=positive_int, help="the student's input side; default: its own")
-    add("--support_ratio", type=float, default=0.5, help="share of the views that show supports")
-    add("--max_train_steps", type=positive_int, default=300, help="steps of optimisation")
-    add("--train_batch_size", type=positive_int, default=50, help="views a step and process")
-    add("--learning_rate", type=float, default=1e-3, help="AdamW's highest learning rate")
-    add("--weight_decay", type=float, default=1e-2, help="AdamW's weight decay")
-    add("--temperature", type=float, default=1.0, help="softmax temperature of the distillation loss")
-    add("--mixup", type=float, default=0.0, help="mixup's Beta parameter; 0 is off")
-    add("--min_crop", type=float, default=0.6, help="smallest area of a random crop")
-    add("--flip_probability", type=float, default=0.5, help="of mirroring; 0 where mirror images are wrong")
-    add("--color_jitter", type=float, default=0.4, help="strength of brightness, contrast and saturation changes")
-    add("--dataloader_num_workers", type=int, default=0, help="processes that make views")
-    return parser.parse_args(argv)
+    add(
+        "--train_dir",
+        help="generated or other images of the classes: a folder for each, or tar shards; default: "
+        f"{TRAIN_DIR}, unless --unlabeled_dir is given",
+    )
+    add("--unlabeled_dir", help="images of anything, in folders or not, which the teacher alone labels")
+    add("--supports_only", action="store_true", help="train on the supports alone")
+    add("--support_ratio", type=share, default=0.5, help="share of the views that show supports")
+    teacher = parser.add_argument_group("teacher").add_argument
+    teacher("--teacher", default="assets/teacher", help="timm backbone: model folder, timm name or hf-hub:name")
+    teacher("--teacher_checkpoint", help="safetensors file of weights for it, as of a meta-trained one")
+    teacher("--teacher_image_size", type=positive_int, help="the teacher's input side; default: its own")
+    teacher(
+        "--teacher_specialization",
+        choices=SPECIALISATIONS,
+        default="prototypes",
+        help="of the teacher on the "
+        "supports: cosine prototypes, a linear layer on them, or the whole backbone as in P>M>F",
+    )
+    teacher("--teacher_scale", type=float, default=10.0, help="inverse softmax temperature of cosine similarities")
+    student = parser.add_argument_group("student").add_argument
+    student(
+        "--student",
+        default="assets/student",
+        help="model folder or hf-hub:name to start from, or timm name for random weights",
+    )
+    student("--student_checkpoint", help="safetensors file of weights to start from")
+    student("--student_image_size", type=positive_int, help="the student's input side; default: its own")
+    loss = parser.add_argument_group("loss").add_argument
+    loss("--temperature", type=float, default=1.0, help="softmax temperature of the distillation loss")
+    loss("--hard_label_weight", type=share, default=0.0, help="share of the cross-entropy of labels in the loss")
+    loss("--feature_weight", type=float, default=0.0, help="weight of matching the teacher's features")
+    views = parser.add_argument_group("views").add_argument
+    views("--min_crop", type=float, default=0.6, help="smallest area of a random crop")
+    views("--flip_probability", type=share, default=0.5, help="of mirroring; 0 where mirror images are wrong")
+    views("--color_jitter", type=float, default=0.4, help="strength of brightness, contrast and saturation changes")
+    views("--mixup", type=float, default=0.0, help="mixup's Beta parameter; 0 is off")
+    views("--cutmix", type=float, default=0.0, help="CutMix's Beta parameter; 0 is off")
+    views(
+        "--num_views",
+        type=natural_int,
+        default=0,
+        help="views in all, in whole batches, which the teacher answers "
+        "once each and which then come round again; 0: always new ones",
+    )
+    views("--dataloader_num_workers", type=natural_int, default=0, help="processes that make views")
+    training = parser.add_argument_group("training").add_argument
+    training("--max_train_steps", type=positive_int, default=300, help="steps of optimisation")
+    training("--train_batch_size", type=positive_int, default=50, help="views a pass and process")
+    training("--gradient_accumulation_steps", type=positive_int, default=1, help="passes a step")
+    training("--learning_rate", type=float, default=1e-3, help="AdamW's highest learning rate")
+    training("--weight_decay", type=float, default=1e-2, help="AdamW's weight decay")
+    training("--ema_decay", type=share, default=0.0, help="of a moving average of the weights, kept instead; 0 is off")
+    training("--checkpointing_steps", type=positive_int, default=100, help="steps between checkpoints")
+    return parser.parse_args(argv)  # fmt: skip
 
 
 if __name__ == "__main__":

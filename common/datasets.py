@@ -25,7 +25,7 @@ from PIL import Image
 
 from common import icons_fs
 from common.cli import UserError, argument_parser, natural_int, positive_int, read_json, run
-from common.images import list_images, open_image
+from common.images import find_images, list_images, open_image
 
 SPLITS = Path(__file__).parent.parent / "assets" / "splits"
 MISSING = {
@@ -71,12 +71,28 @@ def missing(name, folder):
     return UserError(f"--dataset {name}: not found in {folder}. {MISSING[name].format(folder)}")
 
 
+def load_web(name, folder=None):
+    """Images of anything to mine from: those below a folder, or of Icons-FS those that mini-SD was trained on.
+
+    Raises:
+        UserError: no images.
+    """
+    if folder:
+        classes = {}
+        for path in find_images(folder):
+            classes.setdefault(str(path.parent.relative_to(folder)), []).append(path)
+        return of_files(classes)
+    if name == "icons_fs":
+        return load_icons_fs("web")
+    raise UserError(f"Images to mine from for {name}: give a folder of them with --web_dir.")
+
+
 def load_icons_fs(split):
-    facts = icons_fs.load_drawings()
-    usable = {"base": "base", "val": "episode", "novel": "episode"}[split]
+    facts, splits = icons_fs.load_drawings(), icons_fs.load_splits()
+    pools = {"base": ["base"], "web": ["base", "web"]}.get(split, ["episode"])
+    names = splits[split] if split in splits else [name for group in splits.values() for name in group]
     classes = {
-        name: [f"{i:03d}" for i, fact in enumerate(facts[name]) if fact.get("pool", usable) == usable]
-        for name in sorted(icons_fs.load_splits()[split])
+        name: [f"{i:03d}" for i, fact in enumerate(facts[name]) if fact["pool"] in pools] for name in sorted(names)
     }
     sheets = {}
 
@@ -185,7 +201,7 @@ def write_images(dataset, chosen, folder):
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     for name, references in chosen.items():
-        (temporary / name).mkdir(parents=True)
+        (temporary / name).mkdir(parents=True, exist_ok=True)
         for reference in references:
             if isinstance(reference, Path):
                 shutil.copyfile(reference, temporary / name / reference.name)

@@ -10,10 +10,12 @@ import shlex
 import time
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 import distill
@@ -36,10 +38,13 @@ from common.report import data_uri, with_interval, write_report
 from common.shards import open_samples
 
 SCRIPTS = {"invert": tint_invert, "generate": tint_generate, "distill": distill}
-METHODS = {  # the scripts that each method runs
-    "teacher": (),  # the teacher's prototypes
-    "prototypes": (),  # the student's, before distillation
+METHODS = {  # the scripts that each method runs, or whose options it takes
+    "teacher": ("distill",),  # itself, specialised on the supports
+    "prototypes": ("distill",),  # the student's, before distillation
     "supports": ("distill",),
+    "base": ("distill",),  # on unlabelled images of base classes
+    "mined": ("distill",),  # on the unlabelled images of --web_dir that are nearest to the supports
+    "real": ("distill",),  # on other images of the classes
     "tint": ("invert", "generate", "distill"),
     "textual_inversion": ("invert", "generate", "distill"),
     "null_text": ("invert", "generate", "distill"),
@@ -48,7 +53,9 @@ METHODS = {  # the scripts that each method runs
 OPTIONS = (
     "dataset", "dataset_dir", "split", "num_ways", "num_shots", "num_queries", "num_episodes", "seed", "methods",
     "pretrained_model_name_or_path", "teacher", "teacher_image_size", "student", "invert", "generate", "distill",
+    "num_real", "num_unlabeled", "web_dir",
 )  # fmt: skip
+PARTS = {"teacher": "teacher", "prototypes": "student"}  # whose options alone count
 IDENTITY = ("dataset", "dataset_dir", "split", "num_ways", "num_shots", "seed")  # of a benchmark: it cannot change
 
 
@@ -87,31 +94,41 @@ def parse_arm(text, args):
     for word in words:
         if word.startswith("--"):
             script, dot, option = word[2:].partition(".")
-            if script not in METHODS[method] or not dot:
+            if script not in METHODS[method] or not dot or not option.startswith(PARTS.get(method, "")):
                 raise UserError(f"--methods {text}: {word} should be --SCRIPT.OPTION, of {METHODS[method]}.")
             own[script].append(f"--{option}")
         elif script is None:
             raise UserError(f"--methods {text}: {word!r} belongs to no option.")
         else:
             own[script].append(word)
-    arguments, keys, key = {}, {}, digest(method, args.teacher_image_size, backbone(args, method))
-    for script in METHODS[method]:
-        arguments[script] = SCRIPTS[script].parse_args(own[script])
-        if script == "generate" and arguments[script].filter_threshold is not None:
-            arguments[script].teacher, arguments[script].teacher_image_size = args.teacher, args.teacher_image_size
+    arguments = {script: SCRIPTS[script].parse_args(own[script]) for script in METHODS[method]}
+    keys, key = {}, digest(method, *backbones(arguments["distill"], method), *image_source(args, method))
+    for script, chosen in arguments.items():
+        if script == "generate" and chosen.filter_threshold is not None:
+            chosen.teacher, chosen.teacher_image_size = args.teacher, args.teacher_image_size
         if script == "invert" and method == "null_text":  # its prompt has no word to learn
-            arguments[script].max_train_steps = 0
-            arguments[script].plain_prompt = arguments[script].plain_prompt or arguments[script].prompt.split(" of ")[0]
-        settings = settings_of(arguments[script], "seed", "support_dir", "inversion_dir", "train_dir")
+            chosen.max_train_steps = 0
+            chosen.plain_prompt = chosen.plain_prompt or chosen.prompt.split(" of ")[0]
+        settings = settings_of(chosen, "seed", "support_dir", "inversion_dir", "train_dir", "unlabeled_dir")
+        settings = {name: value for name, value in settings.items() if name.startswith(PARTS.get(method, ""))}
         keys[script] = key = digest(key if script != "invert" else "", settings)
     return Arm(name or head, method, shlex.join(words), arguments, keys, key)
 
 
-def backbone(args, method):
-    """What tells the weights that an arm starts from: their contents where they lie in a folder, else their name."""
-    names = {"teacher": [args.teacher], "prototypes": [args.student]}.get(method, [args.teacher, args.student])
-    files = [Path(name) / "model.safetensors" for name in names]
-    return [fingerprint([file]) if file.is_file() else name for file, name in zip(files, names)]
+def backbones(options, method):
+    """What tells the weights that an arm starts from: their contents where they lie in a file, else their name."""
+    names = {"teacher": options.teacher, "student": options.student}
+    files = {"teacher": options.teacher_checkpoint, "student": options.student_checkpoint}
+    for part in [PARTS[method]] if method in PARTS else names:
+        file = Path(files[part] or Path(names[part]) / "model.safetensors")
+        yield names[part], fingerprint([file]) if file.is_file() else ""
+
+
+def image_source(args, method):
+    """What decides which other images an arm trains on, where no script makes them."""
+    return {"real": [args.num_real], "base": [args.num_unlabeled], "mined": [args.num_unlabeled, args.web_dir]}.get(
+        method, []
+    )
 
 
 @contextmanager
@@ -138,40 +155,119 @@ def run_script(script, arm, folder, seed, **inputs):
     return output_dir, read_json(done)
 
 
-def specialise(arm, folder, seed, load_supports, args, device):
+def specialise(arm, folder, seed, supports, dataset, args, device):
     """The classifier of an arm in one episode.
 
     Args:
-        load_supports: gives the supports [S, 3, size, size] of a size.
+        supports: {class name: references}.
     Returns:
-        function of images [B, 3, size, size] in [0, 1] to logits, its size, and {script, or "prototypes": seconds}.
+        function of images [B, 3, size, size] in [0, 1] to logits, its size, and {script, or what else: seconds}.
     """
-    seconds, inputs = {}, {"support_dir": str(folder / "support")}
-    if arm.method in ("teacher", "prototypes"):
-        before = time.perf_counter()
-        name, size = (args.teacher, args.teacher_image_size) if arm.method == "teacher" else (args.student, None)
-        model = models.load_model(name, image_size=size).to(device)
-        size = models.input_size(model)[0]
+    before = time.perf_counter()
+    options = type(arm.arguments["distill"])(**vars(arm.arguments["distill"]) | {"seed": seed})
+    if arm.method in PARTS:
+        pictures = [dataset.open(name, reference) for name, drawn in supports.items() for reference in drawn]
         labels = torch.arange(args.num_ways).repeat_interleave(args.num_shots)
-        classifier = models.PrototypeClassifier(model, load_supports(size).to(device), labels)
+        if arm.method == "teacher":
+            classifier = distill.load_teacher(options, pictures, labels, device)
+            return classifier, models.input_size(classifier)[0], {"teacher": time.perf_counter() - before}
+        student, _ = distill.load_student(options, args.num_ways)
+        size = models.input_size(student)[0]
+        images = torch.stack([as_tensor(picture, size) for picture in pictures]).to(device)
+        classifier = models.PrototypeClassifier(student.to(device), images, labels)
         return classifier, size, {"prototypes": time.perf_counter() - before}
+    seconds, inputs = {}, {"support_dir": str(folder / "support")}
     if "invert" in arm.keys:
         inversion, seconds["invert"] = run_script("invert", arm, folder, seed, **inputs)
         images, seconds["generate"] = run_script("generate", arm, folder, seed, inversion_dir=str(inversion))
         inputs["train_dir"] = str(images)
+    elif arm.method != "supports":
+        option = "train_dir" if arm.method == "real" else "unlabeled_dir"
+        images = folder / f"{arm.method}-{digest(*image_source(args, arm.method), options.teacher)}"
+        if not images.is_dir():
+            datasets.write_images(*other_images(arm.method, folder, seed, supports, dataset, options, args), images)
+        inputs[option] = str(images)
     student, seconds["distill"] = run_script("distill", arm, folder, seed, **inputs)
     model = models.load_model(str(student)).to(device)
     return models.with_head(model), models.input_size(model)[0], seconds
 
 
-def draw(index, dataset, args):
+def other_images(method, folder, seed, supports, dataset, options, args):
+    """The real images, other than supports and queries, that an arm trains on: a data set, and references to it.
+
+    real: those held back from the queries. base: `num_unlabeled` a class of the episode, drawn from all base classes.
+    mined: as many, of the images of --web_dir those whose teacher features have the largest cosine to a support's
+    (the paper's third experiment; without --web_dir, Icons-FS's are those that mini-SD was trained on).
+    """
+    if method == "real":
+        order = datasets.draw_episode(dataset, args.num_ways, args.num_shots, args.seed, int(folder.name))
+        return dataset, {name: order[name][-args.num_real :] for name in supports}
+    if method == "base":
+        pool = datasets.load_dataset(args.dataset, "base", args.dataset_dir)
+        images = references_of(pool)
+        count = min(args.num_unlabeled * args.num_ways, len(images))
+        chosen = np.random.default_rng(seed).choice(len(images), count, replace=False)
+    else:
+        teacher = options.teacher, options.teacher_image_size, options.teacher_checkpoint
+        model, pool, web = web_features(args.dataset, args.web_dir, *teacher)
+        images = references_of(pool)
+        support_features = features_of(model, dataset, [(c, r) for c, drawn in supports.items() for r in drawn])
+        chosen = nearest(web, support_features.unflatten(0, (args.num_ways, -1)), args.num_unlabeled)
+    references = {}
+    for i in chosen:
+        name, reference = images[i]
+        references.setdefault(name, []).append(reference)
+    return pool, references
+
+
+def references_of(pool):
+    return [(name, reference) for name, group in pool.classes.items() for reference in group]
+
+
+@torch.no_grad()
+def features_of(model, dataset, references):
+    """The features [N, D] of images by a teacher that is not specialised."""
+    size, device = models.input_size(model)[0], next(model.parameters()).device
+    found = []
+    for part in batches(references, 100):
+        images = torch.stack([as_tensor(dataset.open(*reference), size) for reference in part])
+        found.append(models.features(model, images.to(device)))
+    return torch.cat(found)
+
+
+@cache
+def web_features(dataset, web_dir, teacher, image_size, checkpoint):
+    """A teacher, the data set of --web_dir, and the features [N, D] of all its images."""
+    web = datasets.load_web(dataset, web_dir)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    model = models.load_model(teacher, True, image_size, checkpoint).to(device)
+    return model, web, features_of(model, web, references_of(web))
+
+
+def nearest(web, supports, count):
+    """Which images have the largest cosine to a support of a class, `count` a class: sorted indices without repetition.
+
+    Args:
+        web: features [N, D]. supports: features [ways, shots, D], whose mean is the centre of the angles.
+    """
+    center = supports.mean((0, 1))
+    web, supports = F.normalize(web - center, dim=-1), F.normalize(supports - center, dim=-1)
+    similarity = torch.einsum("nd,wsd->nws", web, supports).amax(-1)
+    return similarity.topk(min(count, len(web)), 0).indices.unique().tolist()
+
+
+def draw(index, arms, dataset, args):
     """Supports and queries of an episode, each {class name: references}; classes in the order that the scripts see."""
     order = datasets.draw_episode(dataset, args.num_ways, args.num_shots, args.seed, index)
+    held = args.num_real if any(arm.method == "real" for arm in arms) else 0
     supports = {name: order[name][: args.num_shots] for name in sorted(order)}
-    queries = {name: order[name][args.num_shots :][: args.num_queries] for name in sorted(order)}
+    queries = {
+        name: order[name][args.num_shots : len(order[name]) - held][: args.num_queries] for name in sorted(order)
+    }
     for name, drawn in queries.items():
         if len(drawn) < (args.num_queries or 1):
-            raise UserError(f"{name} has only {len(drawn)} images beside the supports: lower --num_queries.")
+            beside = f"the supports and {held} real images (--num_real)" if held else "the supports"
+            raise UserError(f"{name} has only {len(drawn)} images beside {beside}: lower --num_queries.")
     return supports, queries
 
 
@@ -182,7 +278,7 @@ def is_done(record, queries):
 def run_episode(index, arms, dataset, args, device):
     """What is not done yet of one episode: for each arm, which queries of each class it answers rightly."""
     folder = episode_folder(index, args)
-    supports, queries = draw(index, dataset, args)
+    supports, queries = draw(index, arms, dataset, args)
 
     def load(chosen, size):
         """Images [N, 3, size, size] of {class name: references}."""
@@ -198,7 +294,7 @@ def run_episode(index, arms, dataset, args, device):
         if arm.keys and not (folder / "support").is_dir():
             datasets.write_images(dataset, supports, folder / "support")
         seed = args.seed * 1_000_000 + index  # each episode has noise of its own
-        classifier, size, seconds = specialise(arm, folder, seed, lambda size: load(supports, size), args, device)
+        classifier, size, seconds = specialise(arm, folder, seed, supports, dataset, args, device)
         before, new = time.perf_counter(), 0
         for label, name in enumerate(queries):
             for part in batches(queries[name][len(correct[name]) :], args.batch_size):
@@ -244,7 +340,7 @@ def collect(arms, dataset, args):
     scripts, episodes = [], []
     for index in range(args.num_episodes):
         folder, spent = episode_folder(index, args), {}
-        _, queries = draw(index, dataset, args)
+        _, queries = draw(index, arms, dataset, args)
         for arm in arms:
             record = read_record(folder, arm)
             if not is_done(record, queries):

@@ -45,6 +45,26 @@ def list_images(folder, classes=None):
     return images
 
 
+def find_images(folder):
+    """The paths of all images below a folder, sorted.
+
+    Raises:
+        UserError: no such folder, or no image in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder. It should hold images.")
+    hidden = [part for part in folder.parts if part.startswith(".")]
+    paths = sorted(
+        p
+        for p in folder.rglob("*")
+        if p.suffix.lower() in EXTENSIONS and [part for part in p.parts if part.startswith(".")] == hidden
+    )
+    if not paths:
+        raise UserError(f"{folder} holds no image ({', '.join(sorted(EXTENSIONS))}).")
+    return paths
+
+
 def open_image(path, size=None):
     """The image as an RGB PIL image: the central square, upright as its EXIF data say, transparent parts white, 16-bit
     grey scaled to 8; resized with antialiasing to `size` x `size` if given.

@@ -14,7 +14,9 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import to_2tuple
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.layers import DropBlock2d, to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, save_for_hf
 from torch import nn
 
@@ -98,6 +100,41 @@ class InkLite(FlatHead):
         super().__init__(blocks, 112 * pooled_area(img_size), num_classes)
 
 
+class ResNet12Block(nn.Module):
+    """Three 3x3 convolutions, and a 1x1 one past them; then 2x2 max pooling, and DropBlock in training."""
+
+    def __init__(self, in_chans, out_chans, drop_block, drop_rate):
+        super().__init__()
+        channels = [in_chans, out_chans, out_chans, out_chans]
+        layers = [
+            nn.Sequential(nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.LeakyReLU(0.1))
+            for i, o in itertools.pairwise(channels)
+        ]
+        layers[-1] = layers[-1][:2]  # its activation comes after the addition
+        self.convolutions = nn.Sequential(*layers)
+        self.shortcut = nn.Sequential(nn.Conv2d(in_chans, out_chans, 1, bias=False), nn.BatchNorm2d(out_chans))
+        self.pool = nn.Sequential(nn.LeakyReLU(0.1), nn.MaxPool2d(2))
+        self.drop = DropBlock2d(drop_rate, 5) if drop_block else nn.Dropout(drop_rate)
+
+    def forward(self, x):
+        return self.drop(self.pool(self.convolutions(x) + self.shortcut(x)))
+
+
+class ResNet12(FlatHead):
+    """The residual network of the few-shot literature in the form of MetaOptNet (Lee et al., 1904.03758;
+    after TADAM, 1805.10123): four blocks of 64, 160, 320 and 640 channels, leaky ReLU, dropout after the first two and
+    DropBlock (1810.12890) of 5x5 after the last two; then the mean over positions, as in RFS (2003.11539). It has
+    12,424,320 parameters without the head, which sees 640 features, whatever the input's size.
+    """
+
+    def __init__(self, num_classes=1000, in_chans=3, drop_rate=0.1):
+        channels = [in_chans, 64, 160, 320, 640]
+        blocks = [
+            ResNet12Block(i, o, depth >= 2, drop_rate) for depth, (i, o) in enumerate(itertools.pairwise(channels))
+        ]
+        super().__init__(nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1)), 640, num_classes)
+
+
 CONFIG = {
     "mean": (0.5, 0.5, 0.5),
     "std": (0.5, 0.5, 0.5),
@@ -109,7 +146,11 @@ CONFIG = {
     "first_conv": "blocks.0.0",
 }
 default_cfgs = generate_default_cfgs(
-    {"conv4_64": CONFIG, "ink_lite": CONFIG | {"first_conv": None, "input_size": (3, 64, 64)}}
+    {
+        "conv4_64": CONFIG,
+        "resnet12": CONFIG | {"first_conv": "blocks.0.convolutions.0.0", "input_size": (3, 84, 84)},
+        "ink_lite": CONFIG | {"first_conv": None, "input_size": (3, 64, 64)},
+    }
 )
 
 
@@ -119,17 +160,23 @@ def conv4_64(pretrained=False, **kwargs):
 
 
 @register_model
+def resnet12(pretrained=False, **kwargs):
+    return build_model_with_cfg(ResNet12, "resnet12", pretrained, **kwargs)
+
+
+@register_model
 def ink_lite(pretrained=False, **kwargs):
     return build_model_with_cfg(InkLite, "ink_lite", pretrained, **kwargs)
 
 
-def load_model(name_or_path, pretrained=True, image_size=None, **kwargs):
+def load_model(name_or_path, pretrained=True, image_size=None, checkpoint=None, **kwargs):
     """A timm model in eval mode from a model folder, a timm name, or a hub name (`hf-hub:...`).
 
     Args:
         image_size: input side, default the model's own.
+        checkpoint: a safetensors file whose weights replace the model's, but for the classifier's.
     Raises:
-        UserError: no such folder or model, or a folder without a loadable model.
+        UserError: no such folder or model, a folder without a loadable model, or a checkpoint of another architecture.
     """
     folder = Path(name_or_path)
     if folder.is_dir():
@@ -143,17 +190,34 @@ def load_model(name_or_path, pretrained=True, image_size=None, **kwargs):
     if image_size and source in ("conv4_64", "ink_lite"):  # the size of their heads depends on it
         kwargs["img_size"] = image_size
     try:
-        model = timm.create_model(source, pretrained=pretrained, **kwargs).eval()
+        model = timm.create_model(source, pretrained=pretrained and not checkpoint, **kwargs).eval()
         if image_size:
             if hasattr(model, "set_input_size"):  # transformers: their position embeddings depend on it
                 model.set_input_size(img_size=(image_size, image_size))
             model.pretrained_cfg["input_size"] = (3, image_size, image_size)
-        return model
     except Exception as error:  # timm, safetensors, json and the hub each raise their own kinds
         raise UserError(
             f"Cannot load the model {name_or_path}: {error}\nGive a folder with config.json and model.safetensors, "
             "or a name that timm.list_models() knows."
         ) from error
+    if checkpoint:
+        load_weights(model, checkpoint)
+    return model
+
+
+def load_weights(model, path):
+    """Replaces a timm model's weights, but for its classifier's, by those of a safetensors file."""
+    heads = model.pretrained_cfg["classifier"]
+    heads = tuple(f"{name}." for name in ([heads] if isinstance(heads, str) else heads or []))
+    try:
+        state = {k: v for k, v in load_file(path).items() if not k.startswith(heads)}
+        absent, unknown = model.load_state_dict(state, strict=False)
+        absent = [k for k in absent if not k.startswith(heads)]
+        if absent or unknown:
+            raise ValueError(f"it lacks {absent[:3]} and has {unknown[:3]} too many")
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        name = model.pretrained_cfg.get("architecture", type(model).__name__)
+        raise UserError(f"{path} cannot be read as safetensors weights of {name}: {error}") from error
 
 
 def save_model(model, folder, classes):
@@ -200,6 +264,15 @@ def with_head(model):
     return lambda images: model(normalize(model, images))
 
 
+def cosine_prototypes(f, labels):
+    """Centre m [D] and prototypes p [C, D] of features f [S, D]: the mean feature, and of each class the mean of its
+    unit-length centred features, again of unit length. Labels [S] hold each of 0..C-1 at least once."""
+    center = f.mean(0)
+    unit = F.normalize(f - center, dim=-1)
+    members = F.one_hot(labels.to(f.device)).to(f.dtype)
+    return center, F.normalize((members / members.sum(0)).T @ unit, dim=-1)
+
+
 class PrototypeClassifier(nn.Module):
     """A backbone specialised on a support set by cosine prototypes (Snell et al., 1703.05175, with the cosine and
     the centring of SimpleShot, 1911.04623).
@@ -221,16 +294,19 @@ class PrototypeClassifier(nn.Module):
         self.pretrained_cfg = model.pretrained_cfg
         with torch.no_grad():
             f = torch.cat([features(model, batch) for batch in images.split(64)])
-            self.register_buffer("center", f.mean(0))
-            self.spread = (f - self.center).norm(dim=-1).mean().item()
-            unit = F.normalize(f - self.center, dim=-1)
-            prototypes = torch.stack([unit[labels == c].mean(0) for c in range(int(labels.max()) + 1)])
-            self.register_buffer("prototypes", F.normalize(prototypes, dim=-1))
+            center, prototypes = cosine_prototypes(f, labels)
+        self.register_buffer("center", center)
+        self.register_buffer("prototypes", prototypes)
+        self.spread = (f - center).norm(dim=-1).mean().item()
 
     def embed(self, images):
         """Images [B, 3, H, W] in [0, 1] to centred features of unit length [B, D]."""
         return F.normalize(features(self.model, images) - self.center, dim=-1)
 
+    def classify(self, embedding):
+        """What `embed` gives, [B, D], to logits [B, num_classes]."""
+        return self.scale * embedding @ self.prototypes.T
+
     def forward(self, images):
         """Images [B, 3, H, W] in [0, 1] to logits [B, num_classes]."""
-        return self.scale * self.embed(images) @ self.prototypes.T
+        return self.classify(self.embed(images))

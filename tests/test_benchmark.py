@@ -144,6 +144,7 @@ def test_bad_methods_are_refused(tmp_path, capsys):
         ("dreambooth", "unknown method"),
         ("tint --alpha 1", "--SCRIPT.OPTION"),
         ("teacher --distill.temperature 2", "--SCRIPT.OPTION"),
+        ("prototypes --distill.teacher assets/teacher", "--SCRIPT.OPTION"),
         ("tint tint", "belongs to no option"),
         ("tint --generate.alphabet 1", "unrecognized arguments: --alphabet"),
     ]:

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from diffusers import DDIMInverseScheduler, DDIMScheduler
 from PIL import Image
 
-import distill
 import tint_generate
 import tint_invert
 from benchmarks import flops
@@ -258,25 +257,6 @@ def test_blending_keeps_the_length_between_its_two_ends():
     torch.testing.assert_close(tint_generate.blend(z, n, torch.ones(5).double()), n)
 
 
-def test_distillation_loss_is_the_divergence_that_scipy_computes():
-    student, teacher = latents(6, 5), latents(6, 5, seed=1)
-    p, q = (scipy.special.softmax(x.numpy() / 3.0, -1) for x in (teacher, student))
-    expected = 9 * scipy.stats.entropy(p, q, axis=-1).mean()
-    assert distill.distillation_loss(student, teacher, 3.0).item() == pytest.approx(expected, rel=1e-5)
-    assert distill.distillation_loss(teacher, teacher, 3.0).item() == pytest.approx(0, abs=1e-6)
-
-
-def test_mixup_is_a_convex_combination_with_beta_weights():
-    x = latents(4, 3, 2, 2)
-    weights = []
-    rng = np.random.default_rng(0)
-    for _ in range(4000):
-        mixed = distill.mixup(x, 0.4, rng)
-        weights.append(((mixed - x.flip(0))[0] / (x - x.flip(0))[0]).mean().item())
-    assert scipy.stats.kstest(weights, scipy.stats.beta(0.4, 0.4).cdf).pvalue > 0.001
-    assert distill.mixup(x, 0.0, rng) is x
-
-
 def test_wilson_interval_equals_scipy_and_covers():
     for correct, count in [(0, 10), (3, 10), (97, 100), (500, 500)]:
         expected = scipy.stats.binomtest(correct, count).proportion_ci(0.95, method="wilson")
@@ -316,19 +296,6 @@ def test_prototype_classifier_by_hand():
     prototypes = np.stack([s[:3].mean(0), s[3:].mean(0)])
     prototypes /= np.linalg.norm(prototypes, axis=1, keepdims=True)
     np.testing.assert_allclose(logits, 7.0 * q @ prototypes.T, rtol=1e-3, atol=1e-4)
-
-
-def test_an_imprinted_student_answers_as_its_prototypes():
-    torch.manual_seed(0)
-    student = models.load_model("assets/student")
-    student.reset_classifier(3)
-    supports, queries = torch.rand(9, 3, 32, 32), torch.rand(50, 3, 32, 32)
-    labels = torch.arange(3).repeat(3)
-    distill.imprint(student, supports, labels, 10.0)
-    with torch.no_grad():
-        by_head = student(models.normalize(student, queries))
-        by_prototypes = models.PrototypeClassifier(student, supports, labels)(queries)
-    assert (by_head.argmax(1) == by_prototypes.argmax(1)).all()
 
 
 def test_normalize_subtracts_mean_and_divides_by_std():

@@ -1,0 +1,60 @@
+"""What a training needs to go on where it was, as one safetensors file: weights, optimizers, and facts as JSON."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from common.cli import UserError, whole_file
+
+
+def save_checkpoint(path, facts, **stateful):
+    """Writes a checkpoint, which appears whole.
+
+    Args:
+        facts: {name: what JSON can hold}.
+        stateful: {name: module, or optimizer whose state are tensors by parameter, as AdamW's}.
+    """
+    tensors = {}
+    for name, owner in stateful.items():
+        state = owner.state_dict()
+        if not isinstance(owner, torch.nn.Module):
+            state = {f"{i}.{k}": v for i, values in state["state"].items() for k, v in values.items()}
+        tensors |= {f"{name}/{k}": v.contiguous().clone() for k, v in state.items()}
+    with whole_file(path) as temporary:
+        save_file(tensors, temporary, {k: json.dumps(v) for k, v in facts.items()})
+
+
+def load_facts(path):
+    """The facts of a checkpoint, {} where there is none.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    if not Path(path).is_file():
+        return {}
+    try:
+        with safe_open(path, "pt") as file:
+            return {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
+    except (SafetensorError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}): delete it and start again.") from error
+
+
+def load_checkpoint(path, **stateful):
+    """Restores what `save_checkpoint` saved and returns its facts; does nothing and returns {} where there is none."""
+    facts = load_facts(path)
+    if not facts:
+        return facts
+    with safe_open(path, "pt") as file:
+        tensors = {k: file.get_tensor(k) for k in file.keys()}
+    for name, owner in stateful.items():
+        state = {k.partition("/")[2]: v for k, v in tensors.items() if k.startswith(f"{name}/")}
+        if not isinstance(owner, torch.nn.Module):
+            nested = {}
+            for k, v in state.items():
+                nested.setdefault(int(k.partition(".")[0]), {})[k.partition(".")[2]] = v
+            state = {"state": nested, "param_groups": owner.state_dict()["param_groups"]}
+        owner.load_state_dict(state)
+    return facts

