@@ -297,7 +297,7 @@ class PrototypeClassifier(nn.Module):
             center, prototypes = cosine_prototypes(f, labels)
         self.register_buffer("center", center)
         self.register_buffer("prototypes", prototypes)
-        self.spread = (f - center).norm(dim=-1).mean().item()
+        self.spread = max((f - center).norm(dim=-1).mean().item(), 1e-6)  # equal supports have none
 
     def embed(self, images):
         """Images [B, 3, H, W] in [0, 1] to centred features of unit length [B, D]."""

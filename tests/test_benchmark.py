@@ -3,10 +3,16 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
+import distill
 import evaluate
+from common import datasets, episodes, icons_fs, models
 from common.cli import UserError
+from common.images import as_tensor
 from tests.conftest import ACCELERATE, TWO_PROCESSES, killed_when, launch
 
 EPISODES = ("evaluate.py", "--dataset", "icons_fs", "--split", "val", "--num_ways", 2, "--num_shots", 2)
@@ -99,6 +105,78 @@ def test_an_episode_as_folders_gives_the_same_accuracy(tmp_path):
     for name, method in folder["methods"].items():
         assert benchmark["methods"][name]["mean"] == pytest.approx(method["mean"])
         assert benchmark["methods"][name]["ci95"] == pytest.approx(method["ci95"])  # one episode: both are Wilson's
+
+
+def test_real_base_and_mined_images_are_what_they_say(tmp_path):
+    """Which images these arms train on, against the data set's own records and a search in numpy."""
+    base = datasets.load_dataset("icons_fs", "base")
+    names = sorted(base.classes)[:10]
+    datasets.write_images(base, {name: base.classes[name][:20] for name in names}, tmp_path / "web")
+    options = ("--num_episodes", 1, "--num_queries", "all", "--num_real", 7, "--num_unlabeled", 9, "--web_dir",
+               tmp_path / "web", *LITTLE)  # fmt: skip
+    launch(*EPISODES, "--output_dir", tmp_path, *options, "--methods", "supports", "real", "base", "mined")
+    folder, results = tmp_path / "episodes" / "00000", results_of(tmp_path)
+    assert list(results["methods"]) == ["supports", "real", "base", "mined"]
+
+    def images(kind):
+        return sorted(f"{p.parent.name}/{p.stem}" for p in next(folder.glob(f"{kind}-*")).glob("*/*.png"))
+
+    val, web = datasets.load_dataset("icons_fs", "val"), datasets.load_web("icons_fs", tmp_path / "web")
+    order = datasets.draw_episode(val, 2, 2, 0, 0)
+    assert images("real") == sorted(f"{name}/{i}" for name in order for i in order[name][-7:])
+    assert results["methods"]["real"]["num_queries"] == pytest.approx(
+        np.mean([len(order[name]) - 2 - 7 for name in order]) * 2
+    )
+    assert len(images("base")) == 18 and {image.split("/")[0] for image in images("base")} <= set(base.classes)
+
+    model, everything = models.load_model("assets/teacher"), episodes.references_of(web)
+    f = episodes.features_of(model, web, everything).numpy()
+    s = episodes.features_of(model, val, [(name, i) for name in sorted(order) for i in order[name][:2]]).numpy()
+    f, s = ((x - s.mean(0)) / np.linalg.norm(x - s.mean(0), axis=1, keepdims=True) for x in (f, s))
+    cosines = (f @ s.T).reshape(-1, 2, 2).max(2)
+    found = set(images("mined"))
+    for c in range(2):
+        ranked = [f"{name}/{path.stem}" for name, path in (everything[k] for k in np.argsort(-cosines[:, c])[:8])]
+        assert set(ranked) <= found
+    assert 9 <= len(found) <= 18
+
+
+def test_the_web_of_icons_fs_holds_no_image_of_an_episode():
+    facts, web = icons_fs.load_drawings(), datasets.load_web("icons_fs")
+    pools = [facts[name][int(i)]["pool"] for name, group in web.classes.items() for i in group]
+    assert set(pools) == {"base", "web"} and len(web.classes) == 100
+
+
+def test_mining_needs_images_to_mine_from(tmp_path):
+    for name in "abc":
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (16, 16), (80 * i, 40, 90)).save(tmp_path / "data" / name / f"{i}.png")
+    (tmp_path / "data" / "splits.json").write_text(json.dumps({"base": ["a"], "novel": ["b", "c"]}))
+    command = ("evaluate.py", "--dataset", tmp_path / "data", "--num_ways", 2, "--num_shots", 1, "--num_queries", 1,
+               "--num_episodes", 1, "--num_unlabeled", 1, *LITTLE)  # fmt: skip
+    _, error = launch(*command, "--methods", "mined", "--output_dir", tmp_path / "out", code=2)
+    assert "give a folder of them with --web_dir" in error
+    launch(*command, "--methods", "mined", "base", "--web_dir", tmp_path / "data", "--output_dir", tmp_path / "out")
+    assert len(list(tmp_path.glob("out/episodes/00000/mined-*/*/*.png"))) in (1, 2)
+    _, error = launch(*command, "--methods", "real", "--output_dir", tmp_path / "out", code=2)
+    assert "40 real images (--num_real): lower --num_queries" in error
+
+
+def test_a_specialised_teacher_is_measured_as_it_teaches(tmp_path):
+    """The teacher of an episode answers as the one that distill.py would build on the same supports."""
+    launch(*EPISODES, "--num_episodes", 1, "--num_queries", 30, "--output_dir", tmp_path,
+           "--methods", "teacher", "probe=teacher --distill.teacher_specialization linear_probe")  # fmt: skip
+    dataset = datasets.load_dataset("icons_fs", "val")
+    order = datasets.draw_episode(dataset, 2, 2, 0, 0)
+    pictures = [dataset.open(name, i) for name in sorted(order) for i in order[name][:2]]
+    labels = torch.arange(2).repeat_interleave(2)
+    for name, kind in (("teacher", "prototypes"), ("probe", "linear_probe")):
+        args = distill.parse_args(["--teacher_specialization", kind])
+        teacher = distill.load_teacher(args, pictures, labels, "cpu")
+        queries = torch.stack([as_tensor(dataset.open(c, i), 64) for c in sorted(order) for i in order[c][2:32]])
+        right = (teacher(queries).argmax(-1) == torch.arange(2).repeat_interleave(30)).float().mean().item()
+        assert results_of(tmp_path)["methods"][name]["mean"] == pytest.approx(right)
 
 
 def test_planning_from_a_pilot(tmp_path, capsys):
