@@ -1,4 +1,5 @@
-"""Trains the embedded teacher and student on Icons-FS's base classes: features for novel classes by cosine prototypes.
+"""Meta-trains a backbone on base classes, so that cosine prototypes tell novel classes apart: the embedded teacher and
+student on Icons-FS, or any timm model on another few-shot data set.
 
     loss = CE(head(f(x)), y) + w CE(10 cos(f(x) - m, p), y')
 
@@ -15,6 +16,8 @@ average. Settings were chosen on the episode pool of the val classes; nothing of
     python -m assets.train_classifiers --model teacher --output_dir outputs/teacher \\
         --imagenet_model outputs/efficientnet_lite0
     python -m assets.train_classifiers --model student --output_dir outputs/student
+    python -m assets.train_classifiers --model teacher --output_dir outputs/cifar_teacher --dataset cifar_fs \\
+        --pretrained_model vit_small_patch14_dinov2.lvd142m --image_size 112 --learning_rate 1e-5
 
 Stopped (Ctrl-C, SIGTERM) and started again, it goes on.
 """
@@ -30,9 +33,10 @@ import torch
 import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from assets.training import Checkpoint, Drawings, rng_of_step, use_threads
+from assets.training import Checkpoint, Drawings, Pictures, rng_of_step, use_threads
 from common.cli import write_json
-from common.models import InkMap, features, load_model, save_model
+from common.datasets import load_dataset
+from common.models import InkMap, features, input_size, load_model, save_model
 
 SETTINGS = {
     "teacher": {"architecture": "ink_lite", "max_train_steps": 600, "prototype_weight": 1.0, "augmentation": 1.4},
@@ -48,6 +52,8 @@ def batch(drawings, members, args, rng):
     """
     labels = rng.permutation(len(members))[: args.ways].repeat(args.shots)
     picks = [rng.choice(members[label]) for label in labels]
+    if args.dataset != "icons_fs":
+        return torch.stack([drawings.view(i, rng) for i in picks]), torch.tensor(labels)
     x = torch.stack([drawings.paint(i, rng)[0] if rng.random() < 0.5 else drawings.images[i] for i in picks])
     n, a = len(x), args.augmentation
     amount = torch.tensor(rng.uniform(-0.7 * a, 0.7 * a, (n, 1, 1, 1)), dtype=torch.float32)  # strokes are dark
@@ -74,13 +80,14 @@ def prototype_loss(f):
     """Cross-entropy of an episode of features [ways, shots, D], its halves being supports and queries in turn."""
     halves = f.chunk(2, 1)
     logits = torch.cat([prototype_logits(*halves), prototype_logits(*halves[::-1])], 1)
-    return F.cross_entropy(logits.flatten(0, 1), torch.arange(len(f)).repeat_interleave(f.shape[1]))
+    return F.cross_entropy(logits.flatten(0, 1), torch.arange(len(f), device=f.device).repeat_interleave(f.shape[1]))
 
 
 @torch.no_grad()
 def accuracies(model, drawings, ways, shots, num_episodes, queries=15, seed=0):
     """Accuracy in percent of cosine prototypes over random episodes: {"mean", "interval": half the 95% one}."""
-    f = torch.cat([features(model.eval(), x) for x in drawings.images.split(128)])
+    device = next(model.parameters()).device
+    f = torch.cat([features(model.eval(), x.to(device)).cpu() for x in drawings.images.split(128)])
     members = [np.flatnonzero(drawings.labels.numpy() == c) for c in range(len(drawings.classes))]
     reached = []
     for episode in range(num_episodes):
@@ -95,9 +102,12 @@ def accuracies(model, drawings, ways, shots, num_episodes, queries=15, seed=0):
     }
 
 
-def build(args, classes):
-    """The model to train, an `ink_lite` from an EfficientNet-Lite0 with ImageNet weights, where one is given."""
-    model = timm.create_model(args.architecture, num_classes=len(classes))
+def build(args, num_classes):
+    """The model to train: with the weights of --pretrained_model, an `ink_lite` of the EfficientNet-Lite0 of
+    --imagenet_model, or with random ones."""
+    if args.pretrained_model:
+        return load_model(args.pretrained_model, image_size=args.image_size, num_classes=num_classes)
+    model = load_model(args.architecture, pretrained=False, image_size=args.image_size, num_classes=num_classes)
     if args.imagenet_model:
         state = load_model(args.imagenet_model).state_dict()
         # ink 0 to 1 is as white to black, the photos' 1 to -1 in all channels
@@ -106,15 +116,24 @@ def build(args, classes):
         whole.load_state_dict(state)
         blocks = torch.nn.Sequential(InkMap(), whole.conv_stem, whole.bn1, *whole.blocks[:5])
         model.blocks.load_state_dict(blocks.state_dict())
-    return model.to(memory_format=torch.channels_last)
+    return model
+
+
+def load_split(split, args, size):
+    """The images of base classes, or those of val classes that episodes draw from."""
+    if args.dataset == "icons_fs":
+        return Drawings(["base"] if split == "base" else ["episode"], [split])
+    return Pictures(args.dataset, split, args.dataset_dir, size)
 
 
 def main(args):
     use_threads(args.num_threads)
     torch.manual_seed(args.seed)
-    drawings, val = Drawings(["base"], ["base"]), Drawings(["episode"], ["val"])
+    model = build(args, len(load_dataset(args.dataset, "base", args.dataset_dir).classes))
+    drawings, val = (load_split(split, args, input_size(model)[0]) for split in ("base", "val"))
     members = [np.flatnonzero(drawings.labels.numpy() == c) for c in range(len(drawings.classes))]
-    model = build(args, drawings.classes)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    model = model.to(device, memory_format=torch.channels_last)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay), use_buffers=True)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim < 2]
@@ -130,12 +149,12 @@ def main(args):
         for group in optimizer.param_groups:
             progress = step / args.max_train_steps
             group["lr"] = args.learning_rate * min(1, (step + 1) / 100) * (1 + math.cos(math.pi * progress)) / 2
-        images, labels = batch(drawings, members, args, rng_of_step(args.seed, step))
+        images, labels = (x.to(device) for x in batch(drawings, members, args, rng_of_step(args.seed, step)))
         torch.manual_seed(args.seed * 1_000_003 + step)  # dropout
         f = features(model.train(), images)
         loss = F.cross_entropy(model.get_classifier()(f), labels, label_smoothing=args.label_smoothing)
         if args.prototype_weight:
-            loss = loss + args.prototype_weight * prototype_loss(f.unflatten(0, (args.ways, args.shots)))
+            loss = loss + args.prototype_weight * prototype_loss(f.unflatten(0, (-1, args.shots)))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimizer.step()
@@ -158,7 +177,7 @@ def main(args):
     save_model(model, output_dir, drawings.classes)
     reached = {}
     for split in ("val", "novel"):
-        episodes = Drawings(["episode"], [split])
+        episodes = load_split(split, args, input_size(model)[0])
         for ways, shots in ((5, 1), (5, 5), (len(episodes.classes), 5)):
             reached[f"{split}, {ways}-way {shots}-shot"] = accuracies(model, episodes, ways, shots, 500)
     write_json(output_dir / "training.json",
@@ -172,7 +191,11 @@ def parse_args():
     add = parser.add_argument
     add("--model", choices=list(SETTINGS), required=True, help="whose settings, in SETTINGS, are the defaults")
     add("--output_dir", required=True)
-    add("--architecture", help="a timm model")
+    add("--dataset", default="icons_fs", help="any that common/datasets.py knows; its base classes are learned")
+    add("--dataset_dir", help="where the data set lies; default: data/<name>")
+    add("--architecture", help="a timm model, from random weights")
+    add("--pretrained_model", help="instead of --architecture, a timm backbone to go on from: folder or hf-hub:name")
+    add("--image_size", type=int, help="the model's input side; default: its own")
     add("--imagenet_model", help="folder of the EfficientNet-Lite0 to start an ink_lite from")
     add("--max_train_steps", type=int)
     add("--learning_rate", type=float, default=2e-3)

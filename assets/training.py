@@ -9,10 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 
+import distill
 from assets.colours import draw_colours
 from common.checkpoint import load_checkpoint, save_checkpoint
+from common.datasets import load_dataset
 from common.icons_fs import load_class, load_drawings, load_ink, load_splits
+from common.images import as_tensor
 
 
 class Drawings:
@@ -45,6 +49,28 @@ class Drawings:
         front, ground = (torch.tensor(c / 255, dtype=torch.float32)[:, None, None] for c in (front, ground))
         image = ground + (front - ground) * self.inks[i]
         return image, self.facts[i] | {"foreground": front_word, "background": ground_word}
+
+
+class Pictures:
+    """The images of a split of any few-shot data set, square, of side `size`; `view` gives one augmented."""
+
+    def __init__(self, name, split, folder, size):
+        data = load_dataset(name, split, folder)
+        self.classes, self.size = list(data.classes), size
+        references = [(label, c, r) for label, (c, group) in enumerate(data.classes.items()) for r in group]
+        self.pictures = [
+            ImageOps.fit(data.open(c, r), (size, size), Image.Resampling.BICUBIC) for _, c, r in references
+        ]
+        self.labels = torch.tensor([label for label, _, _ in references])
+        self.augment = distill.augmentation(size, distill.parse_args([]))
+
+    @property
+    def images(self):
+        return torch.stack([as_tensor(picture) for picture in self.pictures])
+
+    def view(self, i, rng):
+        with distill.seeded(torch.Generator().manual_seed(int(rng.integers(2**62)))):
+            return self.augment(self.pictures[i])
 
 
 class Checkpoint:

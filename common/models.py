@@ -246,10 +246,12 @@ def input_size(model):
 
 
 def normalize(model, images):
-    """Images [B, 3, H, W] in [0, 1] to the model's input: resized with antialiasing, minus mean, over std."""
+    """Images [B, 3, H, W] in [0, 1] to the input that the model's data configuration asks for: resized with
+    antialiasing, minus mean, over std. Nothing is cropped away at the border, as timm's `crop_pct` would."""
     config = model.pretrained_cfg
     if images.shape[-2:] != input_size(model):
-        images = F.interpolate(images, input_size(model), mode="bicubic", antialias=True).clamp(0, 1)
+        mode = "bilinear" if config.get("interpolation") == "bilinear" else "bicubic"
+        images = F.interpolate(images, input_size(model), mode=mode, antialias=True).clamp(0, 1)
     mean, std = (images.new_tensor(config[key])[:, None, None] for key in ("mean", "std"))
     return (images - mean) / std
 

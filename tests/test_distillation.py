@@ -381,3 +381,23 @@ def test_curves_reach_a_tracker(run_dir, tmp_path):
     found = tensorboard.EventAccumulator(str(events)).Reload().Scalars("distillation/loss")
     record = json.loads((tmp_path / "distill.json").read_text())["loss"]
     assert [(e.step, pytest.approx(e.value)) for e in found] == [tuple(row) for row in record]
+
+
+def test_a_backbone_meta_trained_on_ones_own_base_classes_is_a_teacher(run_dir, tmp_path):
+    """Classes of one hue each: prototypes of new hues are told apart, and the folder serves as --teacher."""
+    rng, classes = np.random.default_rng(0), [f"hue{i:02d}" for i in range(18)]
+    for i, name in enumerate(classes):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for k in range(20):
+            hsv = np.stack([np.full((8, 8), 14 * i), *rng.integers(150, 255, (2, 8, 8))], -1).astype(np.uint8)
+            Image.fromarray(hsv, "HSV").convert("RGB").save(tmp_path / "data" / name / f"{k}.png")
+    splits = {"base": classes[::3], "val": classes[1::3], "novel": classes[2::3]}
+    (tmp_path / "data" / "splits.json").write_text(json.dumps(splits))
+    launch("-m", "assets.train_classifiers", "--model", "student", "--dataset", tmp_path / "data", "--architecture",
+           "conv4_64", "--image_size", 16, "--prototype_weight", 1, "--shots", 4, "--max_train_steps", 8,
+           "--output_dir", tmp_path / "teacher")  # fmt: skip
+    facts = json.loads((tmp_path / "teacher" / "training.json").read_text())
+    assert facts["reached"]["novel, 5-way 5-shot"]["mean"] > 60  # of 20 by chance
+    assert models.class_names(tmp_path / "teacher") == sorted(splits["base"])
+    launch("distill.py", "--support_dir", run_dir / "support", "--supports_only", "--teacher", tmp_path / "teacher",
+           "--max_train_steps", 2, "--train_batch_size", 4, "--output_dir", tmp_path / "student")  # fmt: skip
