@@ -223,6 +223,20 @@ def test_the_learning_rate_of_a_teacher_is_that_of_the_fewest_errors_on_supports
     torch.testing.assert_close(single(supports), expected(supports))
 
 
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext", "test_efficientnet", "test_nfnet"])
+def test_backbones_of_all_kinds_are_teachers(name, episode, tmp_path):
+    """From a model folder, at a size of our choice, specialised in every way."""
+    supports, labels, queries, _, views = episode
+    torch.manual_seed(0)
+    timm.models.save_for_hf(timm.create_model(name), tmp_path, safe_serialization=True)
+    for kind in teachers.SPECIALISATIONS:
+        model = models.load_model(str(tmp_path), image_size=96)
+        teacher = teachers.specialise(model, supports, labels, kind, 10.0, views, steps=2, held_out_views=1)
+        logits = teacher(queries[:5])
+        assert models.input_size(teacher) == (96, 96) and logits.shape == (5, 3) and logits.isfinite().all()
+        torch.testing.assert_close(logits, teacher.classify(teacher.embed(queries[:5])))
+
+
 def test_efficientnet_lite0_has_its_imagenet_weights_and_is_a_teacher(run_dir, tmp_path):
     """The converted model answers as the weights' own package does, and specialises on the supports."""
     package = pytest.importorskip("efficientnet_lite_pytorch")
@@ -376,7 +390,8 @@ def test_a_checkpoint_keeps_everything_and_a_damaged_one_is_named(tmp_path):
 def test_curves_reach_a_tracker(run_dir, tmp_path):
     tensorboard = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     launch("distill.py", "--support_dir", run_dir / "support", "--supports_only", "--output_dir", tmp_path,
-           "--max_train_steps", 4, "--train_batch_size", 4, "--report_to", "tensorboard")  # fmt: skip
+           "--max_train_steps", 4, "--train_batch_size", 4, "--report_to", "tensorboard",
+           "--mixed_precision", "bf16")  # fmt: skip
     events = next(path for path in tmp_path.rglob("events.out*") if path.parent.name == "tint")
     found = tensorboard.EventAccumulator(str(events)).Reload().Scalars("distillation/loss")
     record = json.loads((tmp_path / "distill.json").read_text())["loss"]
@@ -394,10 +409,11 @@ def test_a_backbone_meta_trained_on_ones_own_base_classes_is_a_teacher(run_dir, 
     splits = {"base": classes[::3], "val": classes[1::3], "novel": classes[2::3]}
     (tmp_path / "data" / "splits.json").write_text(json.dumps(splits))
     launch("-m", "assets.train_classifiers", "--model", "student", "--dataset", tmp_path / "data", "--architecture",
-           "conv4_64", "--image_size", 16, "--prototype_weight", 1, "--shots", 4, "--max_train_steps", 8,
-           "--output_dir", tmp_path / "teacher")  # fmt: skip
+           "conv4_64", "--image_size", 16, "--prototype_weight", 1, "--shots", 4, "--max_train_steps", 20,
+           "--validation_steps", 5, "--learning_rate", 0.02, "--output_dir", tmp_path / "teacher")  # fmt: skip
     facts = json.loads((tmp_path / "teacher" / "training.json").read_text())
     assert facts["reached"]["novel, 5-way 5-shot"]["mean"] > 60  # of 20 by chance
+    assert facts["curve"][-1]["loss"] < 0.8 * facts["curve"][0]["loss"]
     assert models.class_names(tmp_path / "teacher") == sorted(splits["base"])
     launch("distill.py", "--support_dir", run_dir / "support", "--supports_only", "--teacher", tmp_path / "teacher",
            "--max_train_steps", 2, "--train_batch_size", 4, "--output_dir", tmp_path / "student")  # fmt: skip
