@@ -102,7 +102,8 @@ def parse_arm(text, args):
         else:
             own[script].append(word)
     arguments = {script: SCRIPTS[script].parse_args(own[script]) for script in METHODS[method]}
-    keys, key = {}, digest(method, *backbones(arguments["distill"], method), *image_source(args, method))
+    weights = [method, *backbones(arguments["distill"], method), *image_source(args, method)]
+    keys, key = {}, ""
     for script, chosen in arguments.items():
         if script == "generate" and chosen.filter_threshold is not None:
             chosen.teacher, chosen.teacher_image_size = args.teacher, args.teacher_image_size
@@ -111,7 +112,7 @@ def parse_arm(text, args):
             chosen.plain_prompt = chosen.plain_prompt or chosen.prompt.split(" of ")[0]
         settings = settings_of(chosen, "seed", "support_dir", "inversion_dir", "train_dir", "unlabeled_dir")
         settings = {name: value for name, value in settings.items() if name.startswith(PARTS.get(method, ""))}
-        keys[script] = key = digest(key if script != "invert" else "", settings)
+        keys[script] = key = digest(key, settings, *(weights if script == "distill" else []))
     return Arm(name or head, method, shlex.join(words), arguments, keys, key)
 
 

@@ -1,19 +1,21 @@
 """Benchmarks over episodes: what is shared, kept, extended and divided, and that a folder gives the same accuracy."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import distill
 import evaluate
 from common import datasets, episodes, icons_fs, models
 from common.cli import UserError
 from common.images import as_tensor
-from tests.conftest import ACCELERATE, TWO_PROCESSES, killed_when, launch
+from tests.conftest import ACCELERATE, ROOT, TWO_PROCESSES, killed_when, launch
 
 EPISODES = ("evaluate.py", "--dataset", "icons_fs", "--split", "val", "--num_ways", 2, "--num_shots", 2)
 LITTLE = (
@@ -209,6 +211,19 @@ def test_planning_from_a_pilot(tmp_path, capsys):
     ]:
         with pytest.raises(UserError, match=message):
             plan(*options)
+
+
+def test_other_weights_at_the_same_path_make_students_anew_and_nothing_else(tmp_path):
+    shutil.copytree(ROOT / "assets" / "student", tmp_path / "student")
+    args = evaluate.parse_args(["--dataset", "icons_fs", "--student", str(tmp_path / "student")])
+    methods = ("tint", "supports", "base", "prototypes", "teacher")
+    before = {method: episodes.parse_arm(method, args).keys for method in methods}
+    weights = load_file(tmp_path / "student" / "model.safetensors")
+    save_file({k: v + 1 for k, v in weights.items()}, tmp_path / "student" / "model.safetensors")
+    after = {method: episodes.parse_arm(method, args).keys for method in methods}
+    for method in methods:
+        changed = {script for script in before[method] if before[method][script] != after[method][script]}
+        assert changed == ({"distill"} if method != "teacher" else set())
 
 
 def test_bad_methods_are_refused(tmp_path, capsys):
