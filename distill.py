@@ -402,7 +402,7 @@ def parse_args(argv=None):
     )
     add("--unlabeled_dir", help="images of anything, in folders or not, which the teacher alone labels")
     add("--supports_only", action="store_true", help="train on the supports alone")
-    add("--support_ratio", type=share, default=0.5, help="share of the views that show supports")
+    add("--support_ratio", type=share, default=0.25, help="share of the views that show supports")
     teacher = parser.add_argument_group("teacher").add_argument
     teacher("--teacher", default="assets/teacher", help="timm backbone: model folder, timm name or hf-hub:name")
     teacher("--teacher_checkpoint", help="safetensors file of weights for it, as of a meta-trained one")

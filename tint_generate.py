@@ -393,7 +393,7 @@ def parse_args(argv=None):
         "--alpha",
         type=number_or_uniform,
         nargs="+",
-        default=[0.3, 0.5, 0.7],
+        default=[0.6, 0.8, 1.0],
         metavar="ALPHA|uniform",
         help="blending factors, taken in turn: 0 copies, 1 is free; uniform: drawn for each image",
     )
