@@ -30,7 +30,7 @@ STAGES = [
     ("evaluate", "{launch} evaluate.py --data_dir {root}/query --support_dir {root}/support"
                  " --output_dir {root}/evaluation --model teacher=assets/teacher student_before=assets/student"
                  " student_supports={root}/student_supports student_tint={root}/student --seed {seed}"),
-    ("export", "{launch} export.py --model {root}/student --output_dir {root}/export --data_dir {root}/query"
+    ("export", "{launch} export.py --model {root}/student --output_dir {root}/export --query_dir {root}/query"
                " --benchmark --teacher assets/teacher --seed {seed}"),
 ]  # fmt: skip
 TITLES = {

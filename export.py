@@ -8,6 +8,7 @@ import os
 import tempfile
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,37 +18,66 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxruntime.transformers.onnx_model import OnnxModel
+from timm.utils import reparameterize_model
+from torch import nn
 
 from common import models
 from common.cli import UserError, argument_parser, positive_int, run, settings_of, start, whole_file, write_json
-from common.images import load_folder
-from common.onnx_model import OnnxClassifier
+from common.images import as_tensor, load_folder
+from common.onnx_model import OnnxClassifier, as_input, log_probabilities
+from common.shards import open_samples
+from common.statistics import paired_difference
 from common.tensorrt_engine import build_engine
 
+QUANTIZED = ["Conv", "Gemm", "MatMul", "Add", "MaxPool", "AveragePool", "GlobalAveragePool"]
+TOLERATED_LOSS = 0.5  # points of accuracy that a precision may lose before the report says so first
 
-def export_fp32(model, classes, source, path):
-    """Writes the model as ONNX: "images" [batch, 3, h, w] normalised float32 to "logits" [batch, classes].
 
-    The metadata hold the class names and the preprocessing (input size, mean, std), which the graph does not do.
+class WithPreprocessing(nn.Module):
+    """What a camera needs: images uint8 [B, H, W, 3], of the model's input size, to probabilities [B, num_classes]."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        for key in ("mean", "std"):
+            self.register_buffer(key, 255 * torch.tensor(model.pretrained_cfg[key])[:, None, None])
+
+    def forward(self, images):
+        return self.model((images.permute(0, 3, 1, 2).float() - self.mean) / self.std).softmax(-1)
+
+
+def export_fp32(model, classes, args, path):
+    """Writes the model as ONNX, simplified, with batch normalisation folded into the convolutions.
+
+    "images" to "logits" [batch, classes]: normalised float32 [batch, 3, h, w]; or, with --include_preprocessing, uint8
+    [batch, h, w, 3] to "probabilities". The metadata hold class names, preprocessing, batch size (null is any), source.
     """
-    example = torch.zeros(2, 3, *models.input_size(model))
+    size = models.input_size(model)
+    count = args.batch_size or 2
+    example = torch.zeros(count, 3, *size)
+    if args.include_preprocessing:
+        example = torch.zeros(count, *size, 3, dtype=torch.uint8)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of its own internals
         program = torch.onnx.export(
-            model,
+            WithPreprocessing(model).eval() if args.include_preprocessing else model,
             (example,),
             dynamo=True,
             input_names=["images"],
-            output_names=["logits"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            output_names=["probabilities" if args.include_preprocessing else "logits"],
+            dynamic_shapes=None if args.batch_size else ({0: torch.export.Dim("batch")},),
             verbose=False,
         )
     proto = program.model_proto
     config = model.pretrained_cfg
-    preprocessing = {"input_size": [3, *models.input_size(model)], "mean": config["mean"], "std": config["std"]}
-    onnx.helper.set_model_props(
-        proto, {"classes": json.dumps(classes), "preprocessing": json.dumps(preprocessing), "source": str(source)}
-    )
+    facts = {
+        "classes": classes,
+        "preprocessing": {"input_size": [3, *size], "mean": config["mean"], "std": config["std"]},
+        "includes_preprocessing": args.include_preprocessing,
+        "batch_size": args.batch_size,
+    }
+    properties = {name: json.dumps(value) for name, value in facts.items()} | {"source": str(args.model)}
+    onnx.helper.set_model_props(proto, properties)
     onnx.checker.check_model(proto, full_check=True)
     with whole_file(path) as temporary:
         onnx.save(proto, temporary)
@@ -64,18 +94,20 @@ def convert_fp16(fp32_path, path):
 
 
 class Calibration(CalibrationDataReader):
-    """Feeds normalised images [N, 3, h, w] to ONNX Runtime's calibration, one batch at a time."""
+    """Feeds inputs, a numpy array, to ONNX Runtime's calibration, in whole batches."""
 
-    def __init__(self, inputs):
-        self.batches = iter(inputs.split(32))
+    def __init__(self, inputs, batch_size):
+        starts = range(0, len(inputs) - batch_size + 1, batch_size)
+        self.batches = iter([inputs[start : start + batch_size] for start in starts])
 
     def get_next(self):
         batch = next(self.batches, None)
-        return None if batch is None else {"images": batch.numpy()}
+        return None if batch is None else {"images": batch}
 
 
-def convert_int8(fp32_path, path, inputs):
-    """Explicit Q/DQ nodes around each layer, symmetric, weights per channel, ranges from the calibration inputs."""
+def convert_int8(fp32_path, path, inputs, batch_size):
+    """Explicit Q/DQ nodes before convolutions, matrix products, sums and poolings: symmetric, weights per channel, ranges
+    from the calibration inputs; biases in floating point, as TensorRT wants them. The rest stays as it is."""
     properties = {p.key: p.value for p in onnx.load(fp32_path).metadata_props}
     with tempfile.TemporaryDirectory() as folder:
         folded, quantized = Path(folder) / "folded.onnx", Path(folder) / "int8.onnx"
@@ -83,13 +115,14 @@ def convert_int8(fp32_path, path, inputs):
         quantize_static(
             folded,
             quantized,
-            Calibration(inputs),
+            Calibration(inputs, batch_size),
             quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=QUANTIZED,
             per_channel=True,
             reduce_range=True,
             activation_type=QuantType.QInt8,
             weight_type=QuantType.QInt8,
-            extra_options={"ActivationSymmetric": True, "WeightSymmetric": True},
+            extra_options={"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False},
         )
         proto = onnx.load(quantized)
     onnx.helper.set_model_props(proto, properties)
@@ -98,15 +131,35 @@ def convert_int8(fp32_path, path, inputs):
         onnx.save(proto, temporary)
 
 
-def compare(reference, other):
-    """How far logits [N, num_classes] are from the reference: maximum and mean difference, top-1 agreement."""
+def compare(reference, other, labels=None):
+    """How far answers [N, num_classes] are from the reference: maximum and mean difference, top-1 agreement and, where
+    labels [N] are known, accuracy and its change in percent points with the 95% interval of paired answers."""
     difference = (reference - other).abs()
-    agreement = (reference.argmax(-1) == other.argmax(-1)).double().mean()
-    return {
+    before, after = reference.argmax(-1), other.argmax(-1)
+    facts = {
         "max_abs_diff": difference.max().item(),
         "mean_abs_diff": difference.mean().item(),
-        "top1_agreement": agreement.item(),
+        "top1_agreement": (before == after).double().mean().item(),
     }
+    if labels is not None:
+        mean, low, high = paired_difference((after == labels).int().tolist(), (before == labels).int().tolist())
+        facts["accuracy"] = (after == labels).double().mean().item()
+        facts["accuracy_change_points"] = {"mean": 100 * mean, "ci95": [100 * low, 100 * high]}
+    return facts
+
+
+def verdict(fidelity):
+    """The first line of the report: which precisions cost accuracy."""
+    changes = {name: facts.get("accuracy_change_points") for name, facts in fidelity.items()}
+    if not all(changes.values()):
+        return "Accuracy was not compared: give labelled images with --query_dir."
+    worse = {name: change for name, change in changes.items() if change["mean"] < -TOLERATED_LOSS}
+    if not worse:
+        return f"No precision loses more than {TOLERATED_LOSS} points of accuracy: {', '.join(fidelity)}."
+    return " ".join(
+        f"{name} LOSES {-change['mean']:.1f} points of accuracy [{-change['ci95'][1]:.1f}, {-change['ci95'][0]:.1f}]."
+        for name, change in worse.items()
+    )
 
 
 def benchmark(callables, batch_sizes, shape, min_calls=200, min_seconds=2.0):
@@ -116,21 +169,22 @@ def benchmark(callables, batch_sizes, shape, min_calls=200, min_seconds=2.0):
     calls of a turn are not counted: the caches, and the waiting threads of the runtime before, are not the model's.
 
     Args:
-        callables: {name: function of a normalised numpy batch [B, 3, h, w]}.
+        callables: {name: (function of images [B, 3, h, w] in [0, 1] to inputs, function of inputs, which is timed)}.
     Returns:
         rows of {model, batch_size, calls, median_ms, p90_ms, p99_ms, images_per_second}
     """
     rows = []
     for batch_size in batch_sizes:
-        batch = np.random.default_rng(0).standard_normal((batch_size, *shape), dtype=np.float32)
+        images = torch.rand(batch_size, *shape, generator=torch.Generator().manual_seed(0))
+        inputs = {name: prepare(images) for name, (prepare, _) in callables.items()}
         seconds = {name: [] for name in callables}
         while any(len(times) < min_calls and sum(times) < min_seconds for times in seconds.values()):
-            for name, function in callables.items():
+            for name, (_, function) in callables.items():
                 for _ in range(5):
-                    function(batch)
+                    function(inputs[name])
                 end = time.perf_counter() + 0.1
                 while (before := time.perf_counter()) < end:
-                    function(batch)
+                    function(inputs[name])
                     seconds[name].append(time.perf_counter() - before)
         for name, times in seconds.items():
             median, p90, p99 = np.percentile(times, [50, 90, 99])
@@ -149,13 +203,13 @@ def benchmark(callables, batch_sizes, shape, min_calls=200, min_seconds=2.0):
 
 
 def torch_callable(model, device):
-    """A function of a normalised numpy batch that ends when the device has answered."""
+    """A PyTorch model for `benchmark`: the call ends when the device has answered."""
 
     @torch.inference_mode()
-    def call(batch):
-        return model(torch.from_numpy(batch).to(device)).cpu()
+    def call(inputs):
+        return model(inputs.to(device)).cpu()
 
-    return call
+    return lambda images: models.normalize(model, images), call
 
 
 def markdown_table(rows, machine):
@@ -182,6 +236,10 @@ def main(args):
     classes = models.class_names(args.model)
     if not classes:
         raise UserError(f"{args.model} is no folder of a trained student: give one that distill.py wrote.")
+    if args.batch_size and args.benchmark and args.benchmark_batch_sizes != [args.batch_size]:
+        raise UserError(
+            f"--batch_size {args.batch_size} fixes it: give --benchmark_batch_sizes {args.batch_size} alone."
+        )
     if "int8" in args.precision and not args.data_dir:
         raise UserError("--precision int8 needs --data_dir: images to calibrate on, for instance the generated ones.")
     accelerator = start(args)
@@ -189,36 +247,40 @@ def main(args):
         return  # one process exports; a second would only disturb its timing
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    model = models.load_model(args.model)
+    model = reparameterize_model(models.load_model(args.model))  # RepVGG and its kind become plain convolutions
+    size = models.input_size(model)[0]
     shape = (3, *models.input_size(model))
 
+    noise = torch.randint(256, (64, *shape), generator=torch.Generator().manual_seed(args.seed))
+    generated, labels = noise / 255, None
     if args.data_dir:
-        images = load_folder(args.data_dir, shape[-1])[0]
-        images = images[:: -(-len(images) // args.num_samples)]
-        inputs = models.normalize(model, images)
-    else:
-        inputs = torch.randn(64, *shape, generator=torch.Generator().manual_seed(args.seed))
-    with torch.inference_mode():
-        reference = torch.cat([model(batch) for batch in inputs.split(64)])
+        generated = torch.stack([as_tensor(image) for _, image in open_samples(args.data_dir, size)])
+        generated = generated[:: -(-len(generated) // args.num_samples)]
+    queries = generated
+    if args.query_dir:
+        queries, labels, *_ = load_folder(args.query_dir, size, classes)
 
     files = {precision: output_dir / f"student_{precision}.onnx" for precision in ("fp32", *args.precision)}
-    export_fp32(model, classes, args.model, files["fp32"])
+    export_fp32(model, classes, args, files["fp32"])
     if "fp16" in files:
         convert_fp16(files["fp32"], files["fp16"])
     if "int8" in files:
-        convert_int8(files["fp32"], files["int8"], inputs)
+        examples = as_input(model, generated, args.include_preprocessing)
+        convert_int8(files["fp32"], files["int8"], examples, args.batch_size or min(32, len(examples)))
     sessions = {precision: OnnxClassifier(path, accelerator.device) for precision, path in files.items()}
+    with torch.inference_mode():
+        reference = torch.cat([model(models.normalize(model, batch)) for batch in queries.split(64)])
+    if args.include_preprocessing:
+        reference = log_probabilities(reference.softmax(-1))
     fidelity = {}
     for precision, session in sessions.items():
-        answers = torch.cat([torch.from_numpy(session.run(batch.numpy())) for batch in inputs.split(64)])
-        fidelity[precision] = compare(reference, answers) | {"bytes": files[precision].stat().st_size}
+        answers = torch.cat([session(batch) for batch in queries.split(64)])
+        fidelity[precision] = compare(reference, answers, labels) | {"bytes": files[precision].stat().st_size}
         print(
             f"{files[precision]}: logits differ by at most {fidelity[precision]['max_abs_diff']:.2e}, "
-            f"top-1 agrees on {fidelity[precision]['top1_agreement']:.1%} of {len(inputs)} inputs"
+            f"top-1 agrees on {fidelity[precision]['top1_agreement']:.1%} of {len(queries)} images"
         )
-    if not fidelity["fp32"]["max_abs_diff"] < 1e-3:
-        raise UserError(f"{files['fp32']} does not answer as PyTorch does ({fidelity['fp32']}): do not use it.")
-
+    print(verdict(fidelity))
     machine = f"{accelerator.device.type}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
     results = {"settings": settings_of(args), "machine": machine, "fidelity": fidelity}
     if args.benchmark:
@@ -226,26 +288,22 @@ def main(args):
         callables = {"student torch": torch_callable(model.to(device), device)}
         if args.teacher:
             teacher = models.load_model(args.teacher, image_size=args.teacher_image_size).to(device)
-            if models.input_size(teacher) == shape[1:]:
-                callables["teacher torch"] = torch_callable(teacher, device)
-            else:
-                size = models.input_size(teacher)
-                callables["teacher torch"] = torch_callable(
-                    torch.nn.Sequential(torch.nn.Upsample(size, mode="bilinear"), teacher), device
-                )
-        callables |= {f"student onnx {precision}": session.run for precision, session in sessions.items()}
-        results["latency"] = benchmark(callables, args.batch_size, shape)
+            callables["teacher torch"] = torch_callable(teacher, device)
+        for precision, session in sessions.items():
+            prepare = partial(as_input, model, includes_preprocessing=args.include_preprocessing)
+            callables[f"student onnx {precision}"] = prepare, session.run
+        results["latency"] = benchmark(callables, args.benchmark_batch_sizes, shape)
         for row in results["latency"]:  # ONNX Runtime may run elsewhere than PyTorch
             onnx_row = "onnx" in row["model"]
             row["device"] = sessions["fp32"].provider if onnx_row else accelerator.device.type
-        table = markdown_table(results["latency"], machine)
+        table = f"{verdict(fidelity)}\n\n{markdown_table(results['latency'], machine)}"
         with whole_file(output_dir / "benchmark.md") as path:
             path.write_text(table)
         print(table)
     write_json(output_dir / "benchmark.json", results)
     if "tensorrt" in args.runtime:
         source = files[args.precision[-1]]
-        build_engine(source, output_dir / "student.engine", shape, max(args.batch_size), args.workspace_mib)
+        build_engine(source, output_dir / "student.engine", shape, max(args.benchmark_batch_sizes), args.workspace_mib)
     accelerator.end_training()
 
 
@@ -261,12 +319,19 @@ def parse_args(argv=None):
         default=["onnxruntime"],
         help="tensorrt also builds student.engine, from the last of --precision",
     )
-    add("--data_dir", help="images to check answers on and to calibrate int8 with; default: random numbers")
+    add("--data_dir", help="generated images, which int8 is calibrated with; default: random numbers, not for int8")
+    add("--query_dir", help="labelled images to check answers on; default: those of --data_dir")
+    add(
+        "--include_preprocessing",
+        action="store_true",
+        help="in the graph: uint8 images [batch, height, width, 3] in, probabilities out",
+    )
     add("--num_samples", type=positive_int, default=512, help="at most so many of these images, evenly spaced")
     add("--benchmark", action="store_true", help="time the models")
     add("--teacher", help="a teacher to time beside the student")
     add("--teacher_image_size", type=positive_int, help="the teacher's input side; default: its own")
-    add("--batch_size", type=positive_int, nargs="+", default=[1], help="batch sizes to time")
+    add("--batch_size", type=positive_int, help="a fixed batch size of the ONNX files; default: any")
+    add("--benchmark_batch_sizes", type=positive_int, nargs="+", default=[1], help="batch sizes to time")
     add("--workspace_mib", type=positive_int, default=1024, help="TensorRT's workspace limit in MiB")
     return parser.parse_args(argv)
 

@@ -245,15 +245,20 @@ def input_size(model):
     return tuple(model.pretrained_cfg["input_size"][1:])
 
 
+def resize(model, images):
+    """Images [B, 3, H, W] in [0, 1] to the model's input size, with antialiasing. Nothing is cropped away at the
+    border, as timm's `crop_pct` would."""
+    if images.shape[-2:] == input_size(model):
+        return images
+    mode = "bilinear" if model.pretrained_cfg.get("interpolation") == "bilinear" else "bicubic"
+    return F.interpolate(images, input_size(model), mode=mode, antialias=True).clamp(0, 1)
+
+
 def normalize(model, images):
-    """Images [B, 3, H, W] in [0, 1] to the input that the model's data configuration asks for: resized with
-    antialiasing, minus mean, over std. Nothing is cropped away at the border, as timm's `crop_pct` would."""
-    config = model.pretrained_cfg
-    if images.shape[-2:] != input_size(model):
-        mode = "bilinear" if config.get("interpolation") == "bilinear" else "bicubic"
-        images = F.interpolate(images, input_size(model), mode=mode, antialias=True).clamp(0, 1)
-    mean, std = (images.new_tensor(config[key])[:, None, None] for key in ("mean", "std"))
-    return (images - mean) / std
+    """Images [B, 3, H, W] in [0, 1] to the input that the model's data configuration asks for: resized, minus mean,
+    over std."""
+    mean, std = (images.new_tensor(model.pretrained_cfg[key])[:, None, None] for key in ("mean", "std"))
+    return (resize(model, images) - mean) / std
 
 
 def features(model, images):

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-import onnxruntime
 import pytest
 import scipy.spatial
 import scipy.stats
@@ -441,26 +440,6 @@ def test_evaluation_counts_right_answers(run_dir, tmp_path):
     assert [m["classifier"] for m in results["methods"].values()] == ["head", "head", "prototypes"]
     report = (tmp_path / "report.html").read_text()
     assert all(name in report for name in ("student", "onnx", "before", *names)) and "http" not in report
-
-
-def test_export_answers_as_pytorch_does(run_dir):
-    facts = json.loads((run_dir / "export" / "benchmark.json").read_text())
-    assert facts["fidelity"]["fp32"]["max_abs_diff"] < 1e-4
-    assert facts["fidelity"]["fp16"]["top1_agreement"] == 1
-    assert facts["fidelity"]["int8"]["top1_agreement"] > 0.8  # 12 images, some of them between the classes
-    student = models.load_model(str(run_dir / "student"))
-    session = onnxruntime.InferenceSession(run_dir / "export" / "student_fp32.onnx")
-    for batch_size in (1, 3, 17):
-        x = torch.randn(batch_size, 3, 32, 32)
-        logits = session.run(["logits"], {"images": x.numpy()})[0]
-        np.testing.assert_allclose(logits, student(x).detach().numpy(), atol=1e-4)
-    metadata = session.get_modelmeta().custom_metadata_map
-    assert json.loads(metadata["classes"]) == classes_of(run_dir)
-    assert json.loads(metadata["preprocessing"])["input_size"] == [3, 32, 32]
-    assert {row["model"] for row in facts["latency"]} == {
-        "student torch", "teacher torch", "student onnx fp32", "student onnx fp16", "student onnx int8",
-    }  # fmt: skip
-    assert all(0 < row["median_ms"] <= row["p90_ms"] <= row["p99_ms"] for row in facts["latency"])
 
 
 def test_small_images_can_be_upscaled_by_a_network(run_dir, tiny_sd1, tmp_path):

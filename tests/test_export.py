@@ -1,0 +1,134 @@
+"""Export: every graph answers as PyTorch does, and has the form that TensorRT and cameras want."""
+
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+import export
+from common import models
+from common.cli import UserError
+from common.images import load_folder
+from common.onnx_model import OnnxClassifier
+from tests.conftest import launch
+
+
+def classes_of(run_dir):
+    return sorted(path.name for path in (run_dir / "support").iterdir())
+
+
+def graph_of(path):
+    return onnx.load(path).graph
+
+
+def test_export_answers_as_pytorch_does(run_dir):
+    facts = json.loads((run_dir / "export" / "benchmark.json").read_text())
+    assert facts["fidelity"]["fp32"]["max_abs_diff"] < 1e-4
+    assert facts["fidelity"]["fp16"]["top1_agreement"] == 1
+    assert facts["fidelity"]["int8"]["top1_agreement"] > 0.8  # 12 images, some of them between the classes
+    student = models.load_model(str(run_dir / "student"))
+    session = onnxruntime.InferenceSession(run_dir / "export" / "student_fp32.onnx")
+    for batch_size in (1, 3, 17):
+        x = torch.randn(batch_size, 3, 32, 32)
+        logits = session.run(["logits"], {"images": x.numpy()})[0]
+        np.testing.assert_allclose(logits, student(x).detach().numpy(), atol=1e-4)
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["classes"]) == classes_of(run_dir)
+    assert json.loads(metadata["preprocessing"])["input_size"] == [3, 32, 32]
+    assert {row["model"] for row in facts["latency"]} == {
+        "student torch", "teacher torch", "student onnx fp32", "student onnx fp16", "student onnx int8",
+    }  # fmt: skip
+    assert all(0 < row["median_ms"] <= row["p90_ms"] <= row["p99_ms"] for row in facts["latency"])
+
+
+def test_a_graph_with_preprocessing_takes_what_a_camera_gives(run_dir, tmp_path):
+    """uint8 images to probabilities, against preprocessing in numpy; and evaluate.py measures it as the student."""
+    launch("export.py", "--model", run_dir / "student", "--output_dir", tmp_path, "--include_preprocessing",
+           "--precision", "fp32", "fp16", "int8", "--data_dir", run_dir / "generated", "--query_dir",
+           run_dir / "support")  # fmt: skip
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+    student = models.load_model(str(run_dir / "student"))
+    x = (pixels.transpose(0, 3, 1, 2) / 255 - 0.5) / 0.5
+    expected = student(torch.from_numpy(x).float()).softmax(-1).detach().numpy()
+    for precision, tolerance in (("fp32", 1e-5), ("fp16", 5e-3), ("int8", 0.15)):
+        session = onnxruntime.InferenceSession(tmp_path / f"student_{precision}.onnx")
+        probabilities = session.run(["probabilities"], {"images": pixels})[0]
+        assert probabilities.dtype == np.float32
+        np.testing.assert_allclose(probabilities, expected, atol=tolerance)
+    facts = json.loads((tmp_path / "benchmark.json").read_text())["fidelity"]
+    images, labels, *_ = load_folder(run_dir / "support", 32)
+    for precision, found in facts.items():
+        answers = OnnxClassifier(tmp_path / f"student_{precision}.onnx", torch.device("cpu"))(images)
+        assert found["accuracy"] == pytest.approx((answers.argmax(-1) == labels).double().mean().item())
+    launch("evaluate.py", "--model", f"student={run_dir / 'student'}", f"camera={tmp_path / 'student_fp32.onnx'}",
+           "--data_dir", run_dir / "generated", "--output_dir", tmp_path / "evaluation")  # fmt: skip
+    methods = json.loads((tmp_path / "evaluation" / "results.json").read_text())["methods"]
+    assert methods["camera"]["correct"] == methods["student"]["correct"]
+
+
+def test_a_fixed_batch_size_is_in_the_graph_and_any_number_of_images_can_be_asked(run_dir, tmp_path):
+    launch("export.py", "--model", run_dir / "student", "--output_dir", tmp_path, "--batch_size", 3, "--precision",
+           "int8", "--data_dir", run_dir / "generated")  # fmt: skip
+    for precision in ("fp32", "int8"):
+        shape = graph_of(tmp_path / f"student_{precision}.onnx").input[0].type.tensor_type.shape
+        assert [d.dim_value for d in shape.dim] == [3, 3, 32, 32]
+    images, *_ = load_folder(run_dir / "generated", 32)
+    student = models.load_model(str(run_dir / "student"))
+    answers = OnnxClassifier(tmp_path / "student_fp32.onnx", torch.device("cpu"))(images[:7])
+    torch.testing.assert_close(answers, models.with_head(student)(images[:7]), atol=1e-4, rtol=1e-4)
+    args = export.parse_args(["--model", str(run_dir / "student"), "--batch_size", "3", "--benchmark"])
+    with pytest.raises(UserError, match="--benchmark_batch_sizes 3 alone"):
+        export.main(args)
+
+
+def test_int8_is_quantized_as_tensorrt_wants_it(run_dir):
+    """Symmetric, weights per output channel, biases in floating point, every convolution between Q/DQ pairs."""
+    graph = graph_of(run_dir / "export" / "student_int8.onnx")
+    values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    made_by = {name: node for node in graph.node for name in node.output}
+    pairs = [node for node in graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    assert pairs and all(
+        (values[node.input[2]] == 0).all() and values[node.input[2]].dtype == np.int8 for node in pairs
+    )
+    layers = [node for node in graph.node if node.op_type in ("Conv", "Gemm")]
+    assert len(layers) == 5
+    for node in layers:
+        activation, weight = (made_by[name] for name in node.input[:2])
+        assert activation.op_type == weight.op_type == "DequantizeLinear"
+        assert made_by[activation.input[0]].op_type == "QuantizeLinear"
+        stored, scale = values[weight.input[0]], values[weight.input[1]]
+        assert stored.dtype == np.int8 and scale.shape == (len(stored),)
+        assert values[node.input[2]].dtype == np.float32
+
+
+def test_reparameterized_students_are_plain_convolutions(tmp_path):
+    """RepVGG's branches become one convolution each, without normalisation, and answer the same."""
+    torch.manual_seed(0)
+    student = models.load_model("repvgg_a0", pretrained=False, image_size=32, num_classes=2)
+    with torch.no_grad():  # statistics that are not those of a new network
+        student.train()(torch.randn(16, 3, 32, 32))
+    models.save_model(student.eval(), tmp_path / "student", ["a", "b"])
+    launch("export.py", "--model", tmp_path / "student", "--output_dir", tmp_path / "export")
+    kinds = {node.op_type for node in graph_of(tmp_path / "export" / "student_fp32.onnx").node}
+    assert "Conv" in kinds and not kinds & {"BatchNormalization", "Add"}
+    x = torch.rand(4, 3, 32, 32)
+    answers = OnnxClassifier(tmp_path / "export" / "student_fp32.onnx", torch.device("cpu"))(x)
+    torch.testing.assert_close(answers, models.with_head(student)(x), atol=1e-4, rtol=1e-3)
+
+
+def test_fidelity_by_hand_and_what_is_said_of_it():
+    reference = torch.tensor([[2.0, 0], [0, 1], [3, 0], [0, 1]])
+    other = torch.tensor([[2.0, 0.5], [0, 1], [0, 1], [1.5, 1]])
+    labels = torch.tensor([0, 1, 0, 0])
+    found = export.compare(reference, other, labels)
+    assert found["max_abs_diff"] == 3 and found["mean_abs_diff"] == pytest.approx((0.5 + 4 + 1.5) / 8)
+    assert found["top1_agreement"] == 0.5 and found["accuracy"] == 0.75
+    assert found["accuracy_change_points"]["mean"] == 0  # one lost, one won
+    worse = export.compare(reference, reference.flip(1), torch.tensor([0, 1, 0, 1]))
+    assert worse["accuracy_change_points"]["mean"] == -100
+    assert export.verdict({"fp32": found, "int8": worse}).startswith("int8 LOSES 100.0 points")
+    assert "more than 0.5 points of accuracy: fp32" in export.verdict({"fp32": found})
+    assert "--query_dir" in export.verdict({"fp32": export.compare(reference, other)})
