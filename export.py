@@ -106,8 +106,8 @@ class Calibration(CalibrationDataReader):
 
 
 def convert_int8(fp32_path, path, inputs, batch_size):
-    """Explicit Q/DQ nodes before convolutions, matrix products, sums and poolings: symmetric, weights per channel, ranges
-    from the calibration inputs; biases in floating point, as TensorRT wants them. The rest stays as it is."""
+    """Explicit Q/DQ nodes before convolutions, matrix products, sums and poolings: symmetric, weights per channel and
+    biases in floating point, as TensorRT wants them. Ranges come from the inputs."""
     properties = {p.key: p.value for p in onnx.load(fp32_path).metadata_props}
     with tempfile.TemporaryDirectory() as folder:
         folded, quantized = Path(folder) / "folded.onnx", Path(folder) / "int8.onnx"
