@@ -48,7 +48,7 @@ from common.teachers import SPECIALISATIONS, specialise
 
 TRAIN_DIR = "outputs/demo/generated"
 UNKNOWN = -1  # the label of an image that nobody has labelled
-DIVERGED = 3  # times the loss of a student that knows nothing
+DIVERGED = 10  # times the loss of a student that knows nothing
 OUTSIDE = ("checkpointing_steps", "dataloader_num_workers", "support_dir", "train_dir", "unlabeled_dir")
 
 
