@@ -46,7 +46,7 @@ def summarise(root, wall_seconds):
     inversions = [json.loads(path.read_text()) for path in sorted(root.glob("inversion/*/inversion.json"))]
     evaluation = json.loads((root / "evaluation" / "results.json").read_text())
     export = json.loads((root / "export" / "benchmark.json").read_text())
-    latency = {row["model"]: row["median_ms"] for row in export["latency"] if row["batch_size"] == 1}
+    latency = {(row["model"], row["runtime"]): row["median_ms"] for row in export["latency"] if row["batch_size"] == 1}
     return {
         "wall_seconds": wall_seconds,
         "accuracy": {n: {k: m[k] for k in ("mean", "ci95")} for n, m in evaluation["methods"].items()},
@@ -55,11 +55,11 @@ def summarise(root, wall_seconds):
             kind: statistics.mean(value for facts in inversions for value in facts["reconstruction_psnr_db"][kind])
             for kind in ("ddim", "null_text", "vae")
         },
-        "onnx_max_abs_diff": export["fidelity"]["fp32"]["max_abs_diff"],
+        "onnx_max_abs_diff": export["fidelity"]["onnxruntime fp32"]["max_abs_diff"],
         "latency_ms": {
-            "teacher": latency["teacher torch"],
-            "student_torch": latency["student torch"],
-            "student_onnx": latency["student onnx fp32"],
+            "teacher": latency["teacher", "torch"],
+            "student_torch": latency["student", "torch"],
+            "student_onnx": latency["student", "onnxruntime"],
         },
     }
 

@@ -1,13 +1,17 @@
-"""Exports a student to ONNX (fp32, fp16, int8) and TensorRT, checks that it still answers the same, and times it.
+"""Exports a student to ONNX (fp32, fp16, int8), TensorRT and a package for C++, checks that it still answers the same,
+and times it beside its teacher.
 
 accelerate launch export.py --model outputs/demo/student --benchmark --teacher assets/teacher
 """
 
+import copy
 import json
 import os
+import shlex
 import tempfile
 import time
 import warnings
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -22,14 +26,25 @@ from timm.utils import reparameterize_model
 from torch import nn
 
 from common import models
-from common.cli import UserError, argument_parser, positive_int, run, settings_of, start, whole_file, write_json
+from common.aot_package import PackageClassifier, build_package
+from common.cli import UserError, argument_parser, positive_int, provenance, run, start, whole_file, write_json
 from common.images import as_tensor, load_folder
-from common.onnx_model import OnnxClassifier, as_input, log_probabilities
+from common.onnx_model import (
+    OnnxClassifier,
+    OpenVinoClassifier,
+    as_input,
+    has_cuda_provider,
+    import_openvino,
+    log_probabilities,
+)
+from common.report import fidelity_table, latency_table, write_report
 from common.shards import open_samples
-from common.statistics import paired_difference
-from common.tensorrt_engine import build_engine
+from common.statistics import paired_difference, wilson_interval
+from common.tensorrt_engine import EngineClassifier, build_engine, trtexec_command, trtexec_timing_command
 
 QUANTIZED = ["Conv", "Gemm", "MatMul", "Add", "MaxPool", "AveragePool", "GlobalAveragePool"]
+PRECISIONS = ("fp32", "fp16", "int8", "int8_tensorrt")
+RUNTIMES = ("torch", "torch_compile", "onnxruntime", "openvino", "aotinductor", "tensorrt")
 TOLERATED_LOSS = 0.5  # points of accuracy that a precision may lose before the report says so first
 
 
@@ -43,7 +58,10 @@ class WithPreprocessing(nn.Module):
             self.register_buffer(key, 255 * torch.tensor(model.pretrained_cfg[key])[:, None, None])
 
     def forward(self, images):
-        return self.model((images.permute(0, 3, 1, 2).float() - self.mean) / self.std).softmax(-1)
+        # TensorRT's one layer for uint8 is the conversion; and unless memory follows the order of the axes, the pooling
+        # of some models becomes a gather.
+        x = images.float().permute(0, 3, 1, 2).contiguous()
+        return self.model((x - self.mean) / self.std).softmax(-1)
 
 
 def export_fp32(model, classes, args, path):
@@ -105,10 +123,19 @@ class Calibration(CalibrationDataReader):
         return None if batch is None else {"images": batch}
 
 
-def convert_int8(fp32_path, path, inputs, batch_size):
-    """Explicit Q/DQ nodes before convolutions, matrix products, sums and poolings: symmetric, weights per channel and
-    biases in floating point, as TensorRT wants them. Ranges come from the inputs."""
+def convert_int8(fp32_path, path, inputs, batch_size, for_tensorrt=False):
+    """Explicit Q/DQ nodes around convolutions, matrix products, sums and poolings: symmetric, weights per channel and
+    biases in floating point. Ranges come from the inputs.
+
+    ONNX Runtime computes in int8 where inputs and outputs are quantized, and many CPUs' sums of products overflow
+    unless weights have 7 bits. TensorRT fuses a layer with what follows it if only its inputs are quantized, and takes
+    8 bits. Each is slow or wrong with the other's file.
+    """
     properties = {p.key: p.value for p in onnx.load(fp32_path).metadata_props}
+    properties["int8_for_tensorrt"] = json.dumps(for_tensorrt)
+    options = {"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False}
+    if for_tensorrt:
+        options["OpTypesToExcludeOutputQuantization"] = QUANTIZED
     with tempfile.TemporaryDirectory() as folder:
         folded, quantized = Path(folder) / "folded.onnx", Path(folder) / "int8.onnx"
         quant_pre_process(fp32_path, folded, skip_symbolic_shape=True)  # folds batch normalisation
@@ -119,21 +146,46 @@ def convert_int8(fp32_path, path, inputs, batch_size):
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=QUANTIZED,
             per_channel=True,
-            reduce_range=True,
+            reduce_range=not for_tensorrt,
             activation_type=QuantType.QInt8,
             weight_type=QuantType.QInt8,
-            extra_options={"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False},
+            extra_options=options,
         )
         proto = onnx.load(quantized)
+    if for_tensorrt:
+        join_sums(proto.graph)
     onnx.helper.set_model_props(proto, properties)
     onnx.checker.check_model(proto)
     with whole_file(path) as temporary:
         onnx.save(proto, temporary)
 
 
+def join_sums(graph):
+    """Takes the Q/DQ pair away between a residual sum and a convolution that only it uses: TensorRT computes the two as
+    one layer then. The pair of the other summand stays, and with it the result is int8."""
+    made_by = {name: node for node in graph.node for name in node.output}
+    uses = Counter(name for node in graph.node for name in node.input)
+    for total in [node for node in graph.node if node.op_type == "Add"]:
+        for side, name in enumerate(total.input):
+            pair = made_by.get(name)
+            if pair is None or pair.op_type != "DequantizeLinear":
+                continue
+            quantize = made_by[pair.input[0]]
+            source = made_by.get(quantize.input[0])
+            names = (quantize.input[0], pair.input[0], name)
+            if source is not None and source.op_type == "Conv" and all(uses[name] == 1 for name in names):
+                total.input[side] = quantize.input[0]
+                for node in (quantize, pair):
+                    graph.node.remove(node)
+                break
+    used = {name for node in graph.node for name in node.input}
+    for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
+        graph.initializer.remove(tensor)
+
+
 def compare(reference, other, labels=None):
     """How far answers [N, num_classes] are from the reference: maximum and mean difference, top-1 agreement and, where
-    labels [N] are known, accuracy and its change in percent points with the 95% interval of paired answers."""
+    labels [N] are known, accuracy, and its change in percent points with the 95% interval of paired answers."""
     difference = (reference - other).abs()
     before, after = reference.argmax(-1), other.argmax(-1)
     facts = {
@@ -143,93 +195,225 @@ def compare(reference, other, labels=None):
     }
     if labels is not None:
         mean, low, high = paired_difference((after == labels).int().tolist(), (before == labels).int().tolist())
-        facts["accuracy"] = (after == labels).double().mean().item()
+        facts["accuracy"] = accuracy_of(after == labels)
         facts["accuracy_change_points"] = {"mean": 100 * mean, "ci95": [100 * low, 100 * high]}
     return facts
 
 
+def accuracy_of(correct):
+    """{"mean", "ci95"} of right and wrong answers [N], a boolean tensor."""
+    hits, count = int(correct.sum()), len(correct)
+    return {"mean": hits / count, "ci95": list(wilson_interval(hits, count))}
+
+
 def verdict(fidelity):
-    """The first line of the report: which precisions cost accuracy."""
+    """The first line of the report: what costs accuracy. `fidelity` is {name: facts of `compare`}."""
     changes = {name: facts.get("accuracy_change_points") for name, facts in fidelity.items()}
     if not all(changes.values()):
         return "Accuracy was not compared: give labelled images with --query_dir."
     worse = {name: change for name, change in changes.items() if change["mean"] < -TOLERATED_LOSS}
     if not worse:
-        return f"No precision loses more than {TOLERATED_LOSS} points of accuracy: {', '.join(fidelity)}."
+        return f"Nothing loses more than {TOLERATED_LOSS} points of accuracy: {', '.join(fidelity)}."
     return " ".join(
         f"{name} LOSES {-change['mean']:.1f} points of accuracy [{-change['ci95'][1]:.1f}, {-change['ci95'][0]:.1f}]."
         for name, change in worse.items()
     )
 
 
-def benchmark(callables, batch_sizes, shape, min_calls=200, min_seconds=2.0):
-    """Latency of several models on the same random batches.
+class TorchClassifier:
+    """A PyTorch model as the exported ones are: images [B, 3, H, W] in [0, 1] to logits; `run` takes normalised images
+    on the CPU, and ends when the answer is back there."""
 
-    The models take turns of a tenth of a second, so that whatever else the machine does meets them alike. The first
-    calls of a turn are not counted: the caches, and the waiting threads of the runtime before, are not the model's.
+    includes_preprocessing = False
+
+    def __init__(self, model, device, compiled=False):
+        self.model, self.device = model.to(device), device
+        # Threads are for the caller to choose, not for the compiler.
+        options = {"cpp.dynamic_threads": True} if device.type == "cpu" else None
+        self.function = torch.compile(self.model, options=options) if compiled else self.model
+
+    def prepare(self, images):
+        return models.normalize(self.model, images)
+
+    @torch.inference_mode()
+    def run(self, inputs):
+        return self.function(inputs.to(self.device)).cpu()
+
+    def __call__(self, images):
+        return torch.cat([self.run(self.prepare(part)) for part in images.split(64)])
+
+
+def classifiers(runtimes, args, model, files, devices, num_threads):
+    """What answers and is timed: {(runtime, precision, device): classifier}, the student in each runtime.
 
     Args:
-        callables: {name: (function of images [B, 3, h, w] in [0, 1] to inputs, function of inputs, which is timed)}.
-    Returns:
-        rows of {model, batch_size, calls, median_ms, p90_ms, p99_ms, images_per_second}
+        files: {precision: ONNX file}. devices: torch devices, the CPU first.
+    Raises:
+        UserError: a runtime that is not installed.
     """
-    rows = []
+    found = {}
+    for device in devices:
+        for runtime in runtimes:
+            if runtime in ("torch", "torch_compile"):
+                compiled = runtime == "torch_compile"
+                found[runtime, "fp32", device.type] = TorchClassifier(copy.deepcopy(model), device, compiled)
+            elif runtime == "aotinductor":
+                path = Path(args.output_dir) / "student.pt2"
+                if device == devices[-1]:  # it is compiled for one
+                    found[runtime, "fp32", device.type] = PackageClassifier(path, device)
+            elif runtime == "tensorrt":
+                path = Path(args.output_dir) / "student.engine"
+                if device.type == "cuda":
+                    found[runtime, args.precision[-1], "cuda"] = EngineClassifier(path, device)
+            elif runtime == "onnxruntime" and (device.type == "cpu" or has_cuda_provider()):
+                for precision, path in files.items():
+                    found[runtime, precision, device.type] = OnnxClassifier(path, device, num_threads)
+            elif runtime == "openvino" and device.type == "cpu":
+                for precision, path in files.items():
+                    found[runtime, precision, "cpu"] = OpenVinoClassifier(path, num_threads)
+    return found
+
+
+def matrix_product(device, side=1024):
+    """A function that multiplies two matrices in single precision, and its operations: the machine's yardstick."""
+    a, b = torch.rand(2, side, side, device=device)
+
+    def call(_=None):
+        product = a @ b
+        return product[0, 0].item()  # waits for the device
+
+    return call, 2 * side**3
+
+
+def benchmark(functions, min_calls=200, min_seconds=2.0):
+    """The time that each call takes, of functions that take turns, so that whatever else the machine does meets them
+    alike: a turn is a tenth of a second, and its first calls are not counted, for the caches and the waiting threads of
+    the runtime before are not the function's own.
+
+    Args:
+        functions: {name: function without arguments}.
+    Returns:
+        {name: seconds of each counted call}, at least `min_calls` or `min_seconds` of each
+    """
+    seconds = {name: [] for name in functions}
+    while any(len(times) < min_calls and sum(times) < min_seconds for times in seconds.values()):
+        for name, function in functions.items():
+            before, calls = time.perf_counter(), 0
+            while not calls or (calls < 5 and time.perf_counter() - before < 0.1):
+                function()
+                calls += 1
+            end = time.perf_counter() + 0.1
+            while (before := time.perf_counter()) < end:
+                function()
+                seconds[name].append(time.perf_counter() - before)
+    return seconds
+
+
+def latency(found, flops, batch_sizes, shape, num_threads):
+    """Rows of {model, runtime, precision, device, threads, batch_size, calls, median_ms, p90_ms, p99_ms,
+    images_per_second, share_of_matmul}: the models on the same random images, copied to the device and back.
+
+    Args:
+        found: {(model, runtime, precision, device): classifier}. flops: {model: operations an image}.
+    """
+    rows, keys = [], ("model", "runtime", "precision", "device")
+    devices = {device for *_, device in found}
     for batch_size in batch_sizes:
         images = torch.rand(batch_size, *shape, generator=torch.Generator().manual_seed(0))
-        inputs = {name: prepare(images) for name, (prepare, _) in callables.items()}
-        seconds = {name: [] for name in callables}
-        while any(len(times) < min_calls and sum(times) < min_seconds for times in seconds.values()):
-            for name, (_, function) in callables.items():
-                for _ in range(5):
-                    function(inputs[name])
-                end = time.perf_counter() + 0.1
-                while (before := time.perf_counter()) < end:
-                    function(inputs[name])
-                    seconds[name].append(time.perf_counter() - before)
-        for name, times in seconds.items():
-            median, p90, p99 = np.percentile(times, [50, 90, 99])
+        functions = {key: partial(c.run, c.prepare(images)) for key, c in found.items()}
+        yardsticks = {device: matrix_product(device) for device in devices}
+        times = benchmark(functions | {device: call for device, (call, _) in yardsticks.items()})
+        for key in functions:
+            model, *_, device = key
+            median, p90, p99 = np.percentile(times[key], [50, 90, 99])
+            rate = yardsticks[device][1] / np.median(times[device])
             rows.append(
-                {
-                    "model": name,
+                dict(zip(keys, key))
+                | {
+                    "threads": num_threads,
                     "batch_size": batch_size,
-                    "calls": len(times),
+                    "calls": len(times[key]),
                     "median_ms": 1e3 * median,
                     "p90_ms": 1e3 * p90,
                     "p99_ms": 1e3 * p99,
                     "images_per_second": batch_size / median,
+                    "share_of_matmul": flops[model] * batch_size / median / rate,
                 }
             )
     return rows
 
 
-def torch_callable(model, device):
-    """A PyTorch model for `benchmark`: the call ends when the device has answered."""
-
-    @torch.inference_mode()
-    def call(inputs):
-        return model(inputs.to(device)).cpu()
-
-    return lambda images: models.normalize(model, images), call
+def markdown(results):
+    """benchmark.md: the verdict, how far the answers are from PyTorch's, and the latencies."""
+    parts = [results["verdict"], markdown_table(*fidelity_table(results))]
+    if results["latency"]:
+        parts += [f"Latency on {results['machine']}.", markdown_table(*latency_table(results))]
+    return "\n\n".join(parts) + "\n"
 
 
-def markdown_table(rows, machine):
-    lines = [
-        f"Latency on {machine}",
-        "",
-        "| model | device | batch | median ms | p90 ms | p99 ms | images/s |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    columns = [
-        ("{}", "model"),
-        ("{}", "device"),
-        ("{}", "batch_size"),
-        ("{:.3f}", "median_ms"),
-        ("{:.3f}", "p90_ms"),
-        ("{:.3f}", "p99_ms"),
-        ("{:.0f}", "images_per_second"),
-    ]
-    lines += ["| " + " | ".join(form.format(row[key]) for form, key in columns) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
+def markdown_table(head, *rows):
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
+
+
+def read_images(args, model, classes):
+    """Images to calibrate with, images to compare answers on, both [N, 3, h, w] in [0, 1], and the labels [N] of these,
+    or None where nobody knows them."""
+    size, labels = models.input_size(model), None
+    images = torch.randint(256, (64, 3, *size), generator=torch.Generator().manual_seed(args.seed)) / 255
+    if args.data_dir:
+        images = torch.stack([as_tensor(image) for _, image in open_samples(args.data_dir, size[0])])
+        images = images[:: -(-len(images) // args.num_samples)]
+    queries = images
+    if args.query_dir:
+        queries, labels, *_ = load_folder(args.query_dir, size[0], classes)
+    return images, queries, labels
+
+
+def write_files(model, classes, args, examples, device):
+    """Writes what the student runs from: ONNX files and, where wanted, a package and a TensorRT engine.
+
+    Args:
+        examples: images [N, 3, h, w] in [0, 1] that int8's ranges come from.
+    Returns:
+        {precision: ONNX file}, and the UserError of an engine that could not be built, or None: all else is there.
+    """
+    output_dir = Path(args.output_dir)
+    files = {precision: output_dir / f"student_{precision}.onnx" for precision in ("fp32", *args.precision)}
+    export_fp32(model, classes, args, files["fp32"])
+    if "fp16" in files:
+        convert_fp16(files["fp32"], files["fp16"])
+    for precision in {"int8", "int8_tensorrt"} & set(files):
+        inputs = as_input(model, examples, args.include_preprocessing)
+        batch_size = args.batch_size or min(32, len(inputs))
+        convert_int8(files["fp32"], files[precision], inputs, batch_size, precision == "int8_tensorrt")
+    if "aotinductor" in args.runtime:
+        package = output_dir / "student.pt2"
+        build_package(WithPreprocessing(model).eval(), classes, args.batch_size, device, package, args.max_batch_size)
+    if "tensorrt" in args.runtime:
+        engine = output_dir / "student.engine"
+        batches = args.opt_batch_size, args.max_batch_size
+        cache = Path(args.timing_cache or output_dir / "timing.cache")
+        for command in (
+            trtexec_command(files[args.precision[-1]], engine, *batches, args.workspace_mib, cache),
+            trtexec_timing_command(files[args.precision[-1]], engine, args.opt_batch_size),
+        ):
+            print(shlex.join(command))
+        try:
+            build_engine(files[args.precision[-1]], engine, *batches, args.workspace_mib, cache)
+        except UserError as error:
+            return files, error
+    return files, None
+
+
+def teacher_accuracy(teacher, args, classes):
+    """Accuracy on the queries of the teacher, specialised on --support_dir by cosine prototypes."""
+    size = models.input_size(teacher)[0]
+    supports, labels, *_ = load_folder(args.support_dir, size, classes)
+    classifier = models.PrototypeClassifier(teacher, supports, labels)
+    queries, labels, *_ = load_folder(args.query_dir, size, classes)
+    with torch.inference_mode():
+        answers = torch.cat([classifier(part) for part in queries.split(64)])
+    return accuracy_of(answers.argmax(-1) == labels)
 
 
 def main(args):
@@ -240,84 +424,78 @@ def main(args):
         raise UserError(
             f"--batch_size {args.batch_size} fixes it: give --benchmark_batch_sizes {args.batch_size} alone."
         )
-    if "int8" in args.precision and not args.data_dir:
+    if args.benchmark and max(args.benchmark_batch_sizes) > args.max_batch_size:
+        raise UserError(f"--benchmark_batch_sizes up to {max(args.benchmark_batch_sizes)}: raise --max_batch_size.")
+    if "tensorrt" in args.runtime and args.precision[-1] == "int8":
+        raise UserError("--precision int8 is for CPUs: an engine wants int8_tensorrt, the last of --precision.")
+    if {"int8", "int8_tensorrt"} & set(args.precision) and not args.data_dir:
         raise UserError("--precision int8 needs --data_dir: images to calibrate on, for instance the generated ones.")
+    if "openvino" in args.runtime:
+        import_openvino()
     accelerator = start(args)
     if not accelerator.is_main_process:
         return  # one process exports; a second would only disturb its timing
-    output_dir = Path(args.output_dir)
+    device, cpu, output_dir = accelerator.device, torch.device("cpu"), Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     model = reparameterize_model(models.load_model(args.model))  # RepVGG and its kind become plain convolutions
-    size = models.input_size(model)[0]
-    shape = (3, *models.input_size(model))
+    images, queries, labels = read_images(args, model, classes)
+    files, unbuilt = write_files(model, classes, args, images, device)
+    runtimes = [runtime for runtime in args.runtime if not (unbuilt and runtime == "tensorrt")]
 
-    noise = torch.randint(256, (64, *shape), generator=torch.Generator().manual_seed(args.seed))
-    generated, labels = noise / 255, None
-    if args.data_dir:
-        generated = torch.stack([as_tensor(image) for _, image in open_samples(args.data_dir, size)])
-        generated = generated[:: -(-len(generated) // args.num_samples)]
-    queries = generated
-    if args.query_dir:
-        queries, labels, *_ = load_folder(args.query_dir, size, classes)
+    reference = TorchClassifier(model, cpu)(queries)
+    results = {"kind": "export", "num_images": len(queries), "fidelity": {}, "latency": [], "accuracy": {}}
+    flops, teacher = {"student": models.count_flops(model)}, None
+    if labels is not None:
+        results["accuracy"]["student torch"] = accuracy_of(reference.argmax(-1) == labels)
+    if args.teacher:
+        teacher = models.load_model(args.teacher, image_size=args.teacher_image_size)
+        flops["teacher"] = models.count_flops(teacher)
+        if labels is not None and args.support_dir:
+            results["accuracy"]["teacher torch"] = teacher_accuracy(teacher, args, classes)
 
-    files = {precision: output_dir / f"student_{precision}.onnx" for precision in ("fp32", *args.precision)}
-    export_fp32(model, classes, args, files["fp32"])
-    if "fp16" in files:
-        convert_fp16(files["fp32"], files["fp16"])
-    if "int8" in files:
-        examples = as_input(model, generated, args.include_preprocessing)
-        convert_int8(files["fp32"], files["int8"], examples, args.batch_size or min(32, len(examples)))
-    sessions = {precision: OnnxClassifier(path, accelerator.device) for precision, path in files.items()}
-    with torch.inference_mode():
-        reference = torch.cat([model(models.normalize(model, batch)) for batch in queries.split(64)])
-    if args.include_preprocessing:
-        reference = log_probabilities(reference.softmax(-1))
-    fidelity = {}
-    for precision, session in sessions.items():
-        answers = torch.cat([session(batch) for batch in queries.split(64)])
-        fidelity[precision] = compare(reference, answers, labels) | {"bytes": files[precision].stat().st_size}
-        print(
-            f"{files[precision]}: logits differ by at most {fidelity[precision]['max_abs_diff']:.2e}, "
-            f"top-1 agrees on {fidelity[precision]['top1_agreement']:.1%} of {len(queries)} images"
-        )
-    print(verdict(fidelity))
-    machine = f"{accelerator.device.type}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
-    results = {"settings": settings_of(args), "machine": machine, "fidelity": fidelity}
-    if args.benchmark:
-        device = accelerator.device
-        callables = {"student torch": torch_callable(model.to(device), device)}
-        if args.teacher:
-            teacher = models.load_model(args.teacher, image_size=args.teacher_image_size).to(device)
-            callables["teacher torch"] = torch_callable(teacher, device)
-        for precision, session in sessions.items():
-            prepare = partial(as_input, model, includes_preprocessing=args.include_preprocessing)
-            callables[f"student onnx {precision}"] = prepare, session.run
-        results["latency"] = benchmark(callables, args.benchmark_batch_sizes, shape)
-        for row in results["latency"]:  # ONNX Runtime may run elsewhere than PyTorch
-            onnx_row = "onnx" in row["model"]
-            row["device"] = sessions["fp32"].provider if onnx_row else accelerator.device.type
-        table = f"{verdict(fidelity)}\n\n{markdown_table(results['latency'], machine)}"
-        with whole_file(output_dir / "benchmark.md") as path:
-            path.write_text(table)
-        print(table)
+    devices = [cpu] if device.type == "cpu" else [cpu, device]
+    for num_threads in args.num_threads or [torch.get_num_threads()]:
+        torch.set_num_threads(num_threads)
+        found = classifiers(runtimes, args, model, files, devices, num_threads)
+        for (runtime, precision, where), classifier in found.items():
+            name = f"{runtime} {precision}" + f" on {where}" * (where != "cpu")
+            if (runtime, where) != ("torch", "cpu") and name not in results["fidelity"]:
+                expected = log_probabilities(reference.softmax(-1)) if classifier.includes_preprocessing else reference
+                results["fidelity"][name] = compare(expected, classifier(queries), labels)
+        if args.benchmark:
+            # On a CPU that file shows how accurate it is, not how fast.
+            timed = {("student", *k): c for k, c in found.items() if k[1] != "int8_tensorrt" or k[0] == "tensorrt"}
+            if teacher:
+                timed |= {("teacher", "torch", "fp32", d.type): TorchClassifier(teacher, d) for d in devices}
+            results["latency"] += latency(timed, flops, args.benchmark_batch_sizes, queries.shape[1:], num_threads)
+        devices = [cpu]  # the number of threads makes a difference there only
+
+    results["bytes"] = {path.name: path.stat().st_size for path in output_dir.glob("student*") if path.is_file()}
+    results["verdict"] = verdict(results["fidelity"])
+    results["machine"] = f"{device.type}, {os.cpu_count()} cores"
+    results |= provenance(args, vars(args))
     write_json(output_dir / "benchmark.json", results)
-    if "tensorrt" in args.runtime:
-        source = files[args.precision[-1]]
-        build_engine(source, output_dir / "student.engine", shape, max(args.benchmark_batch_sizes), args.workspace_mib)
+    write_report(output_dir / "report.html", results)
+    with whole_file(output_dir / "benchmark.md") as path:
+        path.write_text(markdown(results))
+    print(markdown(results))
     accelerator.end_training()
+    if unbuilt:
+        raise unbuilt
 
 
 def parse_args(argv=None):
     parser = argument_parser(__doc__, "outputs/demo/export")
     add = parser.add_argument
     add("--model", default="outputs/demo/student", help="the student's folder")
-    add("--precision", nargs="+", choices=["fp32", "fp16", "int8"], default=["fp32"], help="ONNX files to write")
+    add("--precision", nargs="+", choices=PRECISIONS, default=["fp32"], help="ONNX files to write")
     add(
         "--runtime",
         nargs="+",
-        choices=["onnxruntime", "tensorrt"],
-        default=["onnxruntime"],
-        help="tensorrt also builds student.engine, from the last of --precision",
+        choices=RUNTIMES,
+        default=["torch", "onnxruntime"],
+        help="what the student is compared and timed in; aotinductor also makes student.pt2, for the C++ program, and "
+        "tensorrt student.engine, from the last of --precision",
     )
     add("--data_dir", help="generated images, which int8 is calibrated with; default: random numbers, not for int8")
     add("--query_dir", help="labelled images to check answers on; default: those of --data_dir")
@@ -328,11 +506,17 @@ def parse_args(argv=None):
     )
     add("--num_samples", type=positive_int, default=512, help="at most so many of these images, evenly spaced")
     add("--benchmark", action="store_true", help="time the models")
+    add("--num_threads", type=positive_int, nargs="+", help="numbers of CPU threads to time with; default: PyTorch's")
     add("--teacher", help="a teacher to time beside the student")
+    add("--support_dir", help="support images, whose prototypes the teacher's accuracy on --query_dir is measured with")
     add("--teacher_image_size", type=positive_int, help="the teacher's input side; default: its own")
     add("--batch_size", type=positive_int, help="a fixed batch size of the ONNX files; default: any")
     add("--benchmark_batch_sizes", type=positive_int, nargs="+", default=[1], help="batch sizes to time")
-    add("--workspace_mib", type=positive_int, default=1024, help="TensorRT's workspace limit in MiB")
+    add = parser.add_argument_group("TensorRT engine and AOTInductor package").add_argument
+    add("--opt_batch_size", type=positive_int, default=1, help="the batch that the engine's kernels are chosen for")
+    add("--max_batch_size", type=positive_int, default=256, help="the largest batch that engine and package take")
+    add("--workspace_mib", type=positive_int, default=1024, help="the engine's workspace limit in MiB")
+    add("--timing_cache", help="file of kernel timings for later builds; default: timing.cache in --output_dir")
     return parser.parse_args(argv)
 
 

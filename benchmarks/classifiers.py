@@ -10,7 +10,6 @@ import statistics
 import time
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from common import models
 
@@ -19,9 +18,7 @@ from common import models
 def cost(model, batch_sizes):
     """Parameters, operations an image, and a function that runs each batch size."""
     images = torch.rand(max(batch_sizes), 3, *models.input_size(model))
-    with FlopCounterMode(display=False) as counter:
-        models.features(model, images[:1])
-    return sum(p.numel() for p in model.parameters()), counter.get_total_flops(), images
+    return sum(p.numel() for p in model.parameters()), models.count_flops(model), images
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from timm.layers import DropBlock2d, to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, save_for_hf
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from common.cli import UserError
 
@@ -243,6 +244,13 @@ def class_names(name_or_path):
 def input_size(model):
     """(height, width) of the model's input."""
     return tuple(model.pretrained_cfg["input_size"][1:])
+
+
+def count_flops(model):
+    """Operations of one image, multiplications and additions, by PyTorch's counter."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, *input_size(model), device=next(model.parameters()).device))
+    return counter.get_total_flops()
 
 
 def resize(model, images):

@@ -343,13 +343,99 @@ def generated_page(results):
     return "Generated images", body
 
 
+def fidelity_table(results):
+    """Head and rows, all text, of how far the exported student's answers are from PyTorch's."""
+    rows = []
+    for name, v in results["fidelity"].items():
+        row = [name, f"{v['max_abs_diff']:.1e}", f"{v['mean_abs_diff']:.1e}", percent(v["top1_agreement"])]
+        change = v.get("accuracy_change_points")
+        if change:
+            low, high = change["ci95"]
+            row += [with_interval(v["accuracy"]), f"{change['mean']:+.1f} [{low:+.1f}, {high:+.1f}]"]
+        rows.append(row + [""] * (6 - len(row)))
+    head = ["student in", "largest difference", "mean", "top-1 agrees, %", "accuracy, %", "change, points"]
+    return [head, *rows]
+
+
+def latency_table(results):
+    """Head and rows, all text, of the latencies."""
+    head = ["model", "runtime", "precision", "device", "threads", "batch", "median ms", "p90 ms", "p99 ms", "images/s",
+            "of matrix product's rate, %"]  # fmt: skip
+    return [head] + [
+        [
+            *(str(row[key]) for key in ("model", "runtime", "precision", "device", "threads", "batch_size")),
+            *(f"{row[key]:.3f}" for key in ("median_ms", "p90_ms", "p99_ms")),
+            f"{row['images_per_second']:.0f}",
+            percent(row["share_of_matmul"]),
+        ]
+        for row in results["latency"]
+    ]
+
+
+def accuracy_against_latency(results):
+    """Accuracy with whiskers against the median latency of the smallest batch with most threads, on a logarithmic axis;
+    nothing where accuracies are not known."""
+    known = dict(results["accuracy"])
+    known |= {f"student {name}": v["accuracy"] for name, v in results["fidelity"].items() if "accuracy" in v}
+    rows, batch_size = results["latency"], min([row["batch_size"] for row in results["latency"]], default=1)
+    threads = max([row["threads"] for row in rows], default=1)
+    points = {}
+    for row in rows:
+        name = f"{row['model']} {row['runtime']} {row['precision']}" + f" on {row['device']}" * (row["device"] != "cpu")
+        accuracy = known.get(name) or known.get(f"{row['model']} {row['runtime']}")
+        if accuracy and row["batch_size"] == batch_size and (row["threads"] == threads or row["device"] != "cpu"):
+            points[name] = (row["median_ms"], *(100 * v for v in (accuracy["mean"], *accuracy["ci95"])))
+    if not points:
+        return ""
+    marks = ticks(min(p[2] for p in points.values()), max(p[3] for p in points.values()))
+    first = math.floor(math.log10(min(p[0] for p in points.values())))
+    last = max(first + 1, math.ceil(math.log10(max(p[0] for p in points.values()))))
+
+    def x(milliseconds):
+        return 44 + 290 * (math.log10(milliseconds) - first) / (last - first)
+
+    def y(value):
+        return 186 - 170 * (value - marks[0]) / (marks[-1] - marks[0])
+
+    parts = [upright_axis(marks, y)]
+    parts += [text(x(10**k), 204, f"{10.0**k:g} ms", "middle") for k in range(first, last + 1)]
+    for i, (milliseconds, mean, low, high) in enumerate(points.values()):
+        at = x(milliseconds)
+        parts += [line(at, y(low), at, y(high), "whisker"), dot(at, y(mean)), text(at + 6, y(mean) - 5, i + 1)]
+    legend = ", ".join(f"{i + 1} {name}" for i, name in enumerate(points))
+    caption = f"Accuracy in percent against the latency of a batch of {batch_size}, {threads} threads ({legend})"
+    return "<h2>Accuracy against latency</h2>" + figure(caption, 360, 210, *parts)
+
+
+def export_page(results):
+    """Title and body of an exported student."""
+    head, *rows = ([escape(cell) for cell in row] for row in fidelity_table(results))
+    body = (
+        f"<p><strong>{escape(results['verdict'])}</strong></p><p>Against PyTorch on {results['num_images']} images; "
+        "changes of accuracy with 95% intervals of paired answers.</p>"
+        + table(head, rows)
+        + accuracy_against_latency(results)
+    )
+    if results["latency"]:
+        head, *rows = ([escape(cell) for cell in row] for row in latency_table(results))
+        body += f"<h2>Latency</h2><p>{escape(results['machine'])}</p>" + table(head, rows)
+    sizes = [[escape(name), f"{size / 1e6:.2f}"] for name, size in results["bytes"].items()]
+    return "Exported student", body + "<h2>Files</h2>" + table(["", "MB"], sizes)
+
+
 def write_report(path, results):
     """Writes the page of results.json, of either kind.
 
     Args:
-        results: what evaluate.py puts into results.json; its "kind" is "benchmark", "accuracy" or "generated".
+        results: what evaluate.py puts into results.json; its "kind" is "benchmark", "accuracy" or "generated";
+            or export.py into benchmark.json, "export".
     """
-    pages = {"benchmark": benchmark_page, "accuracy": accuracy_page, "generated": generated_page}
+    pages = {
+        "benchmark": benchmark_page,
+        "accuracy": accuracy_page,
+        "generated": generated_page,
+        "export": export_page,
+    }
     title, body = pages[results["kind"]](results)
     settings = [[escape(k), f"<code>{escape(v)}</code>"] for k, v in results["settings"].items() if v not in (None, "")]
     versions = ", ".join(f"{escape(k)} {escape(v)}" for k, v in results["versions"].items())

@@ -1,6 +1,8 @@
 """Export: every graph answers as PyTorch does, and has the form that TensorRT and cameras want."""
 
+import itertools
 import json
+import time
 
 import numpy as np
 import onnx
@@ -26,9 +28,9 @@ def graph_of(path):
 
 def test_export_answers_as_pytorch_does(run_dir):
     facts = json.loads((run_dir / "export" / "benchmark.json").read_text())
-    assert facts["fidelity"]["fp32"]["max_abs_diff"] < 1e-4
-    assert facts["fidelity"]["fp16"]["top1_agreement"] == 1
-    assert facts["fidelity"]["int8"]["top1_agreement"] > 0.8  # 12 images, some of them between the classes
+    assert facts["fidelity"]["onnxruntime fp32"]["max_abs_diff"] < 1e-4
+    assert facts["fidelity"]["onnxruntime fp16"]["top1_agreement"] == 1
+    assert facts["fidelity"]["onnxruntime int8"]["top1_agreement"] > 0.8  # 12 images, some between the classes
     student = models.load_model(str(run_dir / "student"))
     session = onnxruntime.InferenceSession(run_dir / "export" / "student_fp32.onnx")
     for batch_size in (1, 3, 17):
@@ -38,8 +40,9 @@ def test_export_answers_as_pytorch_does(run_dir):
     metadata = session.get_modelmeta().custom_metadata_map
     assert json.loads(metadata["classes"]) == classes_of(run_dir)
     assert json.loads(metadata["preprocessing"])["input_size"] == [3, 32, 32]
-    assert {row["model"] for row in facts["latency"]} == {
-        "student torch", "teacher torch", "student onnx fp32", "student onnx fp16", "student onnx int8",
+    assert {(row["model"], row["runtime"], row["precision"]) for row in facts["latency"]} == {
+        ("student", "torch", "fp32"), ("teacher", "torch", "fp32"),
+        *(("student", "onnxruntime", precision) for precision in ("fp32", "fp16", "int8")),
     }  # fmt: skip
     assert all(0 < row["median_ms"] <= row["p90_ms"] <= row["p99_ms"] for row in facts["latency"])
 
@@ -60,9 +63,9 @@ def test_a_graph_with_preprocessing_takes_what_a_camera_gives(run_dir, tmp_path)
         np.testing.assert_allclose(probabilities, expected, atol=tolerance)
     facts = json.loads((tmp_path / "benchmark.json").read_text())["fidelity"]
     images, labels, *_ = load_folder(run_dir / "support", 32)
-    for precision, found in facts.items():
-        answers = OnnxClassifier(tmp_path / f"student_{precision}.onnx", torch.device("cpu"))(images)
-        assert found["accuracy"] == pytest.approx((answers.argmax(-1) == labels).double().mean().item())
+    for name, found in facts.items():
+        answers = OnnxClassifier(tmp_path / f"student_{name.split()[1]}.onnx", torch.device("cpu"))(images)
+        assert found["accuracy"]["mean"] == pytest.approx((answers.argmax(-1) == labels).double().mean().item())
     launch("evaluate.py", "--model", f"student={run_dir / 'student'}", f"camera={tmp_path / 'student_fp32.onnx'}",
            "--data_dir", run_dir / "generated", "--output_dir", tmp_path / "evaluation")  # fmt: skip
     methods = json.loads((tmp_path / "evaluation" / "results.json").read_text())["methods"]
@@ -119,13 +122,67 @@ def test_reparameterized_students_are_plain_convolutions(tmp_path):
     torch.testing.assert_close(answers, models.with_head(student)(x), atol=1e-4, rtol=1e-3)
 
 
+def test_every_runtime_is_compared_and_timed(run_dir, tmp_path):
+    """torch.compile and OpenVINO answer as PyTorch does; rows for each batch size and number of threads; the page."""
+    launch("export.py", "--model", run_dir / "student", "--output_dir", tmp_path, "--precision", "fp32", "int8",
+           "--data_dir", run_dir / "generated", "--query_dir", run_dir / "query", "--support_dir", run_dir / "support",
+           "--runtime", "torch", "torch_compile", "openvino", "--teacher", "assets/teacher", "--benchmark",
+           "--benchmark_batch_sizes", 1, 3, "--num_threads", 1, 2)  # fmt: skip
+    facts = json.loads((tmp_path / "benchmark.json").read_text())
+    assert set(facts["fidelity"]) == {"torch_compile fp32", "openvino fp32", "openvino int8"}
+    for name in ("torch_compile fp32", "openvino fp32"):
+        assert facts["fidelity"][name]["max_abs_diff"] < 1e-3
+    assert facts["fidelity"]["openvino int8"]["top1_agreement"] > 0.9
+    for name in ("student torch", "teacher torch"):
+        low, high = facts["accuracy"][name]["ci95"]
+        assert 0 < low < facts["accuracy"][name]["mean"] < high
+    rows = {
+        (row["model"], row["runtime"], row["precision"], row["threads"], row["batch_size"]): row
+        for row in facts["latency"]
+    }
+    assert len(rows) == len(facts["latency"]) == 5 * 2 * 2
+    student = models.count_flops(models.load_model(str(run_dir / "student")))
+    teacher = models.count_flops(models.load_model("assets/teacher"))
+    for key, row in rows.items():  # the yardstick of a batch size is one: shares go as operations a second
+        other = rows[("student", "torch", "fp32") + key[3:]]
+        flops = student if key[0] == "student" else teacher
+        expected = flops * row["images_per_second"] / (student * other["images_per_second"])
+        assert row["share_of_matmul"] / other["share_of_matmul"] == pytest.approx(expected)
+        assert row["images_per_second"] == pytest.approx(row["batch_size"] / row["median_ms"] * 1000)
+    page = (tmp_path / "report.html").read_text()
+    assert "Accuracy against latency" in page and page.count('class="mark"') == 5
+    table = (tmp_path / "benchmark.md").read_text()
+    assert table.startswith(facts["verdict"]) and table.count("| student | torch_compile") == 4
+
+
+def test_the_counted_operations_of_conv4():
+    """Nine multiplications and additions of each weight at each position; the head sees 256 features."""
+    positions = [(3 * 32**2), (64 * 16**2), (64 * 8**2), (64 * 4**2)]
+    expected = sum(2 * 9 * 64 * n for n in positions) + 2 * 256 * 7
+    assert models.count_flops(models.load_model("conv4_64", pretrained=False, num_classes=7)) == expected
+
+
+def test_functions_take_turns_until_each_has_been_called_often():
+    calls = []
+    seconds = export.benchmark(
+        {"a": lambda: calls.append("a"), "b": lambda: (calls.append("b"), time.sleep(2e-3))},
+        min_calls=60, min_seconds=30,
+    )  # fmt: skip
+    assert len(seconds["a"]) >= 60 and len(seconds["b"]) >= 60
+    assert all(1.9e-3 < t for t in seconds["b"]) and np.median(seconds["a"]) < 1e-3
+    turns = [name for name, group in itertools.groupby(calls)]
+    assert turns == ["a", "b"] * (len(turns) // 2) and len(turns) >= 4
+    warm_up = len(calls) - len(seconds["a"]) - len(seconds["b"])
+    assert warm_up == 5 * len(turns)  # which nobody counts
+
+
 def test_fidelity_by_hand_and_what_is_said_of_it():
     reference = torch.tensor([[2.0, 0], [0, 1], [3, 0], [0, 1]])
     other = torch.tensor([[2.0, 0.5], [0, 1], [0, 1], [1.5, 1]])
     labels = torch.tensor([0, 1, 0, 0])
     found = export.compare(reference, other, labels)
     assert found["max_abs_diff"] == 3 and found["mean_abs_diff"] == pytest.approx((0.5 + 4 + 1.5) / 8)
-    assert found["top1_agreement"] == 0.5 and found["accuracy"] == 0.75
+    assert found["top1_agreement"] == 0.5 and found["accuracy"]["mean"] == 0.75
     assert found["accuracy_change_points"]["mean"] == 0  # one lost, one won
     worse = export.compare(reference, reference.flip(1), torch.tensor([0, 1, 0, 1]))
     assert worse["accuracy_change_points"]["mean"] == -100

@@ -1,0 +1,99 @@
+"""A student as an AOTInductor package: compiled ahead of time into one file, which libtorch runs without Python.
+
+The file's metadata say all that a program needs beside it, without the need to parse JSON: "classes" (one a line),
+"input_size" ("height width") and "batch_sizes" ("smallest largest"). `cpp/classify.cpp` reads them.
+"""
+
+import copy
+import logging
+from pathlib import Path
+
+import torch
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
+
+from common.cli import UserError, whole_file
+from common.models import input_size
+from common.onnx_model import ExportedClassifier
+
+
+def build_package(module, classes, batch_size, device, path, max_batch_size=256):
+    """Writes `path`, whole or not at all. It runs with any number of threads, on CPUs that have this one's vector
+    instructions or, where `device` is a GPU, on GPUs of its compute capability.
+
+    Args:
+        module: in eval mode, of images uint8 [B, H, W, 3] to probabilities [B, num_classes]; `.model` is a timm model.
+        classes: the class names in the order of the outputs.
+        batch_size: a fixed B, or None: any from 1 to max_batch_size.
+        device: the torch device to compile for.
+    Raises:
+        UserError: no C++ compiler, or one that cannot compile the model.
+    """
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise UserError(
+            f"{path} needs a C++ compiler, and none is found: install one (Debian: apt-get install g++), or name it "
+            "in the environment variable CXX."
+        ) from error
+    size = input_size(module.model)
+    smallest, largest = (batch_size, batch_size) if batch_size else (1, max_batch_size)
+    # Of one example image the compiler would conclude that there is always one.
+    example = torch.zeros(batch_size or 2, *size, 3, dtype=torch.uint8, device=device)
+    dynamic = None if batch_size else ({0: torch.export.Dim("batch", min=smallest, max=largest)},)
+    settings = {
+        "aot_inductor.metadata": {
+            "classes": "\n".join(classes),
+            "input_size": f"{size[0]} {size[1]}",
+            "batch_sizes": f"{smallest} {largest}",
+        },
+        "aot_inductor.precompile_headers": False,  # takes longer than one model gains by it
+        "cpp.dynamic_threads": True,  # or today's number of threads would be built in
+        "freezing": True,  # folds batch normalisation into the convolutions, and packs their weights
+    }
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # misses CUDA where nobody asked for it
+    try:
+        # A file and not its name, which would have to end in .pt2.
+        with torch.no_grad(), whole_file(path) as temporary, temporary.open("wb") as file:
+            program = torch.export.export(copy.deepcopy(module).to(device), (example,), dynamic_shapes=dynamic)
+            torch._inductor.aoti_compile_and_package(program, package_path=file, inductor_configs=settings)
+    except InductorError as error:
+        if not isinstance(error.inner_exception, CppCompileError):
+            raise
+        raise UserError(f"{path} cannot be compiled: {error.inner_exception}") from error
+
+
+class PackageClassifier(ExportedClassifier):
+    """A package in Python; `prepare` and `run` take and give tensors on the CPU.
+
+    Args:
+        device: the torch device that it was compiled for.
+    Raises:
+        UserError: no such file, not one of `build_package`, or one for another kind of device.
+    """
+
+    includes_preprocessing = True
+
+    def __init__(self, path, device):
+        if not Path(path).is_file():
+            raise UserError(f"{path}: no such file. export.py writes it.")
+        try:
+            package = torch._inductor.aoti_load_package(str(path), device_index=device.index or -1)
+            metadata = package.get_metadata()
+            self.classes = metadata["classes"].split("\n")
+            self.pretrained_cfg = {"input_size": (3, *map(int, metadata["input_size"].split()))}
+            smallest, self.max_batch_size = map(int, metadata["batch_sizes"].split())
+            compiled_for = metadata["AOTI_DEVICE_KEY"]
+        except (RuntimeError, KeyError) as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"{path} is no package for this machine and torch ({reason}): export it here.") from error
+        if compiled_for != device.type:
+            raise UserError(f"{path} was compiled for {compiled_for}, not {device.type}: export it again.")
+        self.fixed = smallest == self.max_batch_size
+        self.loader, self.device = package.loader, device  # a call of the package itself parses JSON each time
+
+    def prepare(self, images):
+        return torch.from_numpy(super().prepare(images))
+
+    def run(self, inputs):
+        return self.loader.run([inputs.to(self.device)])[0].cpu()
