@@ -270,7 +270,8 @@ def classifiers(runtimes, args, model, files, devices, num_threads):
                     found[runtime, precision, device.type] = OnnxClassifier(path, device, num_threads)
             elif runtime == "openvino" and device.type == "cpu":
                 for precision, path in files.items():
-                    found[runtime, precision, "cpu"] = OpenVinoClassifier(path, num_threads)
+                    if precision != "int8_tensorrt":  # whose 8-bit weights overflow there
+                        found[runtime, precision, "cpu"] = OpenVinoClassifier(path, num_threads)
     return found
 
 
@@ -426,6 +427,8 @@ def main(args):
         )
     if args.benchmark and max(args.benchmark_batch_sizes) > args.max_batch_size:
         raise UserError(f"--benchmark_batch_sizes up to {max(args.benchmark_batch_sizes)}: raise --max_batch_size.")
+    if args.opt_batch_size > args.max_batch_size:
+        raise UserError(f"--opt_batch_size {args.opt_batch_size} is above --max_batch_size {args.max_batch_size}.")
     if "tensorrt" in args.runtime and args.precision[-1] == "int8":
         raise UserError("--precision int8 is for CPUs: an engine wants int8_tensorrt, the last of --precision.")
     if {"int8", "int8_tensorrt"} & set(args.precision) and not args.data_dir:

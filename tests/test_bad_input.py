@@ -15,7 +15,7 @@ import export
 import tint_generate
 import tint_invert
 from common import icons_fs
-from common.cli import run
+from common.cli import UserError, run
 from tests.conftest import ROOT, launch
 
 
@@ -227,7 +227,14 @@ def test_export_of_something_else(folder):
 
 def test_int8_without_images_and_tensorrt_without_tensorrt(run_dir, tmp_path):
     options = ("--model", run_dir / "student", "--output_dir", tmp_path)
-    assert "needs --data_dir" in rejected("export.py", *options, "--precision", "int8")
+    for wrong, message in (
+        (["--precision", "int8"], "needs --data_dir"),
+        (["--precision", "int8", "--runtime", "tensorrt"], "an engine wants int8_tensorrt"),
+        (["--opt_batch_size", "9", "--max_batch_size", "8"], "above --max_batch_size 8"),
+        (["--benchmark", "--benchmark_batch_sizes", "300"], "raise --max_batch_size"),
+    ):
+        with pytest.raises(UserError, match=message):
+            export.main(export.parse_args([*map(str, options), *wrong]))
     err = rejected("export.py", *options, "--runtime", "tensorrt")
     assert "pip install tensorrt" in err
     assert (tmp_path / "student_fp32.onnx").is_file() and json.loads((tmp_path / "benchmark.json").read_text())

@@ -10,6 +10,7 @@ Sources, by these names below:
 """
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -210,11 +211,11 @@ def placement_faults(model):
 def write_files(name, folder, options=()):
     """What export.py writes of a student of random weights that has seen random images: {precision: model}."""
     torch.manual_seed(0)
-    student = models.load_model(name, pretrained=False, image_size=32, num_classes=2)
+    student = models.load_model(name, pretrained=False, image_size=64, num_classes=2)
     with torch.no_grad():
-        student.train()(torch.randn(16, 3, 32, 32))
+        student.train()(torch.randn(16, 3, 64, 64))
     args = export.parse_args(["--output_dir", str(folder), "--precision", *PRECISIONS, *options])
-    images = torch.rand(24, 3, 32, 32)
+    images = torch.rand(24, 3, 64, 64)
     files, _ = export.write_files(reparameterize_model(student.eval()), ["a", "b"], args, images, torch.device("cpu"))
     return {precision: onnx.load(path) for precision, path in files.items()}
 
@@ -237,6 +238,13 @@ CASES = [(name, preprocessing) for name in STUDENTS for preprocessing in (False,
 @pytest.mark.parametrize("name, preprocessing", CASES)
 def test_the_parser_takes_every_operator_and_type(exported, name, preprocessing, precision):
     assert not operator_faults(exported[name, preprocessing, precision])
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_preprocessing_adds_its_own_operators_alone(exported, name):
+    """And no gather in the pooling's place, which PyTorch makes of images whose memory has another order of axes."""
+    plain, camera = (Counter(node.op_type for node in exported[name, p, "fp32"].graph.node) for p in (False, True))
+    assert camera - plain == Counter(["Cast", "Transpose", "Sub", "Div", "Softmax"]) and not plain - camera
 
 
 @pytest.mark.parametrize("name, preprocessing", CASES)
