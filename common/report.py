@@ -401,7 +401,11 @@ def accuracy_against_latency(results):
     parts += [text(x(10**k), 204, f"{10.0**k:g} ms", "middle") for k in range(first, last + 1)]
     for i, (milliseconds, mean, low, high) in enumerate(points.values()):
         at = x(milliseconds)
-        parts += [line(at, y(low), at, y(high), "whisker"), dot(at, y(mean)), text(at + 6, y(mean) - 5, i + 1)]
+        parts += [
+            line(at, y(low), at, y(high), "whisker"),
+            dot(at, y(mean)),
+            text(at + 5, y(mean) - 5 - 12 * (i % 3), i + 1),
+        ]
     legend = ", ".join(f"{i + 1} {name}" for i, name in enumerate(points))
     caption = f"Accuracy in percent against the latency of a batch of {batch_size}, {threads} threads ({legend})"
     return "<h2>Accuracy against latency</h2>" + figure(caption, 360, 210, *parts)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import distill
 import evaluate
+from benchmarks import students
 from common import datasets, episodes, icons_fs, models
 from common.cli import UserError
 from common.images import as_tensor
@@ -243,3 +244,28 @@ def test_bad_methods_are_refused(tmp_path, capsys):
     ]:
         assert message in refused(method)
     assert "lower --num_queries" in refused("teacher", "--num_queries", "1000")
+
+
+def test_the_table_of_students():
+    """benchmarks.students asks for arms that differ, and reads pairs in either order."""
+    args = students.parse_args(["--num_shots", "5", "--num_images", "9", "--max_train_steps", "7", "8"])
+    command = students.command(args)
+    options = evaluate.parse_args(command[command.index("evaluate.py") + 1 :])
+    arms = {arm.name: arm for arm in (episodes.parse_arm(text, options) for text in options.methods)}
+    assert len({arm.key for arm in arms.values()}) == len(arms) == 2 + 2 * len(students.METHODS)
+    assert options.num_shots == 5 and arms["scratch_tint"].arguments["generate"].num_images_per_class == 9
+    chosen = {name: vars(arm.arguments["distill"]) for name, arm in arms.items()}
+    assert chosen["real"]["max_train_steps"] == 7 and chosen["scratch_real"]["max_train_steps"] == 8
+    assert chosen["real"]["student"] == "assets/student" and chosen["scratch_real"]["student"] == "conv4_64"
+    assert {name for name, found in chosen.items() if found["cutmix"]} == {"strong", "scratch_strong"}
+    results = {
+        "methods": {name: {"mean": 0.5, "ci95": [0.4, 0.6]} for name in arms},
+        "paired_differences": [
+            {"a": "tint", "b": "supports", "mean": 0.02, "ci95": [0.01, 0.04]},
+            {"a": "real", "b": "tint", "mean": 0.03, "ci95": [0.02, 0.05]},
+            *({"a": "tint", "b": name, "mean": 0, "ci95": [0, 0]} for name in ("prototypes",)),
+        ],
+    }
+    lines = students.table(results).splitlines()
+    assert "| supports | 50.0 [40.0, 60.0] | +2.0 [+1.0, +4.0] | 50.0 [40.0, 60.0] |  |" in lines
+    assert next(line for line in lines if "other real" in line).split(" | ")[2] == "-3.0 [-5.0, -2.0]"

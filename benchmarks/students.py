@@ -1,0 +1,108 @@
+"""Students distilled on what each method gives them, pretrained ones and from random weights, on the same episodes of
+Icons-FS. Prints a Markdown table: accuracy, and TINT minus each, paired, with 95% intervals.
+
+    python -m benchmarks.students --num_ways 5 --num_shots 1 --num_episodes 30
+
+Everything finished is kept below --output_dir, by evaluate.py: started again, it goes on, and more episodes cost only
+what is new.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from common.cli import HelpFormatter, positive_int, read_json
+from common.report import with_interval
+
+ROOT = Path(__file__).parent.parent
+METHODS = {
+    "supports": "supports",
+    "strong": "supports, strongly augmented",
+    "null_text": "null-text alone",
+    "textual_inversion": "textual inversion alone",
+    "tint": "TINT",
+    "base": "images of base classes, labelled by the teacher",
+    "mined": "images mined from what mini-SD learned from",
+    "real": "other real images of the classes",
+}
+STRONG = "--distill.min_crop 0.3 --distill.mixup 0.5 --distill.cutmix 1"
+
+
+def arms(args):
+    """The values of --methods."""
+    found = ["teacher", "prototypes"]
+    for start, rate, weights in (("", args.learning_rate, ""), ("scratch_", "1e-3", "--distill.student conv4_64")):
+        steps = args.max_train_steps[start != ""]
+        for name in METHODS:
+            method, extra = ("supports", STRONG) if name == "strong" else (name, "")
+            own = "3e-4" if name == "strong" and not start else rate  # a larger one undoes what it was trained for
+            options = f"--distill.learning_rate {own} --distill.max_train_steps {steps} {weights} {extra}"
+            found.append(f"{start}{name}={method} {options}")
+    return found
+
+
+def command(args):
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.num_processes)),
+        *("evaluate.py", "--dataset", "icons_fs", "--split", args.split, "--num_queries", "all"),
+        *("--num_ways", str(args.num_ways), "--num_shots", str(args.num_shots)),
+        *("--num_episodes", str(args.num_episodes), "--output_dir", args.output_dir),
+        *("--num_unlabeled", str(args.num_images), "--generate", f"--num_images_per_class {args.num_images}"),
+        *("--distill", args.distill, "--methods", *arms(args)),
+    ]
+
+
+def table(results):
+    """Markdown of results.json."""
+    differences = {}
+    for pair in results["paired_differences"]:
+        low, high = pair["ci95"]
+        differences[pair["a"], pair["b"]] = pair["mean"], low, high
+        differences[pair["b"], pair["a"]] = -pair["mean"], -high, -low
+    methods = results["methods"]
+    lines = [
+        "| the student is distilled on | pretrained | *TINT minus it* | from random weights | *TINT minus it* |",
+        "|---|---|---|---|---|",
+        f"| nothing: its own prototypes | {with_interval(methods['prototypes'])} | "
+        f"{points(differences['tint', 'prototypes'])} | | |",
+    ]
+    for name, words in METHODS.items():
+        cells = []
+        for start in ("", "scratch_"):
+            pair = differences.get((f"{start}tint", start + name))
+            cells += [with_interval(methods[start + name]), points(pair) if pair else ""]
+        lines.append(f"| {words} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"Teacher: {with_interval(methods['teacher'])}"])
+
+
+def points(difference):
+    mean, low, high = (100 * value for value in difference)
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def main(args):
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.num_processes))}
+    subprocess.run(command(args), cwd=ROOT, env=environment, check=True)
+    print(table(read_json(ROOT / args.output_dir / "results.json")))
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("--split", choices=["val", "novel"], default="novel", help="the classes to draw from")
+    add("--num_ways", type=positive_int, default=5, help="classes in an episode")
+    add("--num_shots", type=positive_int, default=1, help="support images a class")
+    add("--num_episodes", type=positive_int, default=30, help="episodes")
+    add("--num_images", type=positive_int, default=60, help="generated or unlabelled images a class")
+    add("--max_train_steps", type=positive_int, nargs=2, default=[100, 200], help="pretrained, from random weights")
+    add("--learning_rate", default="3e-4", help="of pretrained students; 1e-3 from random weights")
+    add("--distill", default="--num_views 2500 --train_batch_size 25", help="options of distill.py for all")
+    add("--num_processes", type=positive_int, default=2, help="processes, among which the cores are shared out")
+    add("--output_dir", default="outputs/students", help="folder to write to")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main(parse_args())
