@@ -334,7 +334,8 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_weights(run_dir, unlab
 def test_two_processes_learn_as_one_that_accumulates_does(run_dir, tmp_path):
     """The same views in the same batches give the same trained weights.
 
-    Normalisation statistics are each process's own, and the gradient of a bias before a normalisation is rounding.
+    Normalisation statistics are each process's own, and the gradient of a bias before a normalisation is rounding. Adam
+    moves any weight whose gradient is rounding by the learning rate, one way or the other: one in 500 may differ.
     """
     command = ("distill.py", "--support_dir", run_dir / "support", "--train_dir", run_dir / "generated",
                "--max_train_steps", 4, "--train_batch_size", 6, "--learning_rate", 1e-4)  # fmt: skip
@@ -344,7 +345,8 @@ def test_two_processes_learn_as_one_that_accumulates_does(run_dir, tmp_path):
     trained = [k for k in one if k.endswith("weight") or k == "head.bias"]
     assert one.keys() == two.keys() == start.keys()
     for key in trained:
-        torch.testing.assert_close(one[key], two[key], rtol=0, atol=3e-5)
+        difference = (one[key] - two[key]).abs()
+        assert difference.mean() < 2e-6 and (difference > 3e-5).double().mean() < 2e-3
     assert max((one[k] - start[k]).abs().max() for k in trained) > 1e-3
 
 
