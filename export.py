@@ -227,7 +227,7 @@ class TorchClassifier:
     includes_preprocessing = False
 
     def __init__(self, model, device, compiled=False):
-        self.model, self.device = model.to(device), device
+        self.model, self.device = copy.deepcopy(model).to(device), device  # another device may have the original
         # Threads are for the caller to choose, not for the compiler.
         options = {"cpp.dynamic_threads": True} if device.type == "cpu" else None
         self.function = torch.compile(self.model, options=options) if compiled else self.model
@@ -256,7 +256,7 @@ def classifiers(runtimes, args, model, files, devices, num_threads):
         for runtime in runtimes:
             if runtime in ("torch", "torch_compile"):
                 compiled = runtime == "torch_compile"
-                found[runtime, "fp32", device.type] = TorchClassifier(copy.deepcopy(model), device, compiled)
+                found[runtime, "fp32", device.type] = TorchClassifier(model, device, compiled)
             elif runtime == "aotinductor":
                 path = Path(args.output_dir) / "student.pt2"
                 if device == devices[-1]:  # it is compiled for one
@@ -279,7 +279,7 @@ def matrix_product(device, side=1024):
     """A function that multiplies two matrices in single precision, and its operations: the machine's yardstick."""
     a, b = torch.rand(2, side, side, device=device)
 
-    def call(_=None):
+    def call():
         product = a @ b
         return product[0, 0].item()  # waits for the device
 
