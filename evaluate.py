@@ -131,17 +131,12 @@ def summarise(predictions, confidences, labels, classes, names, paths, num_worst
     """
     truth = torch.tensor([names.index(c) for c in classes])[labels]
     correct = predictions == truth
-
-    def accuracy(which):
-        hits, count = int(correct[which].sum()), int(which.sum())
-        return {"mean": hits / count, "ci95": statistics.wilson_interval(hits, count), "count": count}
-
     confusion = torch.zeros(len(classes), len(names), dtype=torch.long)
     confusion.index_put_((labels, predictions), torch.tensor(1), accumulate=True)
     ece, bins = calibration(confidences, correct)
     wrong = [i for i in confidences.argsort(descending=True).tolist() if not correct[i]]
-    return accuracy(torch.ones_like(correct)) | {
-        "per_class": {c: accuracy(labels == i) for i, c in enumerate(classes)},
+    return statistics.accuracy(correct) | {
+        "per_class": {c: statistics.accuracy(correct[labels == i]) for i, c in enumerate(classes)},
         "confusion": {"rows": list(classes), "columns": list(names), "counts": confusion.tolist()},
         "ece": ece,
         "calibration": bins,

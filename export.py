@@ -9,13 +9,10 @@ import json
 import os
 import shlex
 import tempfile
-import time
 import warnings
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
-import numpy as np
 import onnx
 import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
@@ -29,6 +26,7 @@ from common import models
 from common.aot_package import PackageClassifier, build_package
 from common.cli import UserError, argument_parser, positive_int, provenance, run, start, whole_file, write_json
 from common.images import as_tensor, load_folder
+from common.latency import latency
 from common.onnx_model import (
     OnnxClassifier,
     OpenVinoClassifier,
@@ -37,15 +35,15 @@ from common.onnx_model import (
     import_openvino,
     log_probabilities,
 )
-from common.report import fidelity_table, latency_table, write_report
+from common.report import fidelity_table, latency_table, points, write_report
 from common.shards import open_samples
-from common.statistics import paired_difference, wilson_interval
+from common.statistics import accuracy, paired_difference
 from common.tensorrt_engine import EngineClassifier, build_engine, trtexec_command, trtexec_timing_command
 
 QUANTIZED = ["Conv", "Gemm", "MatMul", "Add", "MaxPool", "AveragePool", "GlobalAveragePool"]
 PRECISIONS = ("fp32", "fp16", "int8", "int8_tensorrt")
 RUNTIMES = ("torch", "torch_compile", "onnxruntime", "openvino", "aotinductor", "tensorrt")
-TOLERATED_LOSS = 0.5  # points of accuracy that a precision may lose before the report says so first
+TOLERATED_LOSS = 0.005  # of accuracy, that a precision may lose before the report says so first
 
 
 class WithPreprocessing(nn.Module):
@@ -185,7 +183,7 @@ def join_sums(graph):
 
 def compare(reference, other, labels=None):
     """How far answers [N, num_classes] are from the reference: maximum and mean difference, top-1 agreement and, where
-    labels [N] are known, accuracy, and its change in percent points with the 95% interval of paired answers."""
+    labels [N] are known, accuracy, and its change with the 95% interval of paired answers."""
     difference = (reference - other).abs()
     before, after = reference.argmax(-1), other.argmax(-1)
     facts = {
@@ -195,28 +193,21 @@ def compare(reference, other, labels=None):
     }
     if labels is not None:
         mean, low, high = paired_difference((after == labels).int().tolist(), (before == labels).int().tolist())
-        facts["accuracy"] = accuracy_of(after == labels)
-        facts["accuracy_change_points"] = {"mean": 100 * mean, "ci95": [100 * low, 100 * high]}
+        facts["accuracy"] = accuracy(after == labels)
+        facts["accuracy_change"] = {"mean": mean, "ci95": [low, high]}
     return facts
-
-
-def accuracy_of(correct):
-    """{"mean", "ci95"} of right and wrong answers [N], a boolean tensor."""
-    hits, count = int(correct.sum()), len(correct)
-    return {"mean": hits / count, "ci95": list(wilson_interval(hits, count))}
 
 
 def verdict(fidelity):
     """The first line of the report: what costs accuracy. `fidelity` is {name: facts of `compare`}."""
-    changes = {name: facts.get("accuracy_change_points") for name, facts in fidelity.items()}
+    changes = {name: facts.get("accuracy_change") for name, facts in fidelity.items()}
     if not all(changes.values()):
         return "Accuracy was not compared: give labelled images with --query_dir."
     worse = {name: change for name, change in changes.items() if change["mean"] < -TOLERATED_LOSS}
     if not worse:
-        return f"Nothing loses more than {TOLERATED_LOSS} points of accuracy: {', '.join(fidelity)}."
+        return f"Nothing loses more than {100 * TOLERATED_LOSS} points of accuracy: {', '.join(fidelity)}."
     return " ".join(
-        f"{name} LOSES {-change['mean']:.1f} points of accuracy [{-change['ci95'][1]:.1f}, {-change['ci95'][0]:.1f}]."
-        for name, change in worse.items()
+        f"{name} LOSES accuracy: {points(change['mean'], *change['ci95'])} points." for name, change in worse.items()
     )
 
 
@@ -273,75 +264,6 @@ def classifiers(runtimes, args, model, files, devices, num_threads):
                     if precision != "int8_tensorrt":  # whose 8-bit weights overflow there
                         found[runtime, precision, "cpu"] = OpenVinoClassifier(path, num_threads)
     return found
-
-
-def matrix_product(device, side=1024):
-    """A function that multiplies two matrices in single precision, and its operations: the machine's yardstick."""
-    a, b = torch.rand(2, side, side, device=device)
-
-    def call():
-        product = a @ b
-        return product[0, 0].item()  # waits for the device
-
-    return call, 2 * side**3
-
-
-def benchmark(functions, min_calls=200, min_seconds=2.0):
-    """The time that each call takes, of functions that take turns, so that whatever else the machine does meets them
-    alike: a turn is a tenth of a second, and its first calls are not counted, for the caches and the waiting threads of
-    the runtime before are not the function's own.
-
-    Args:
-        functions: {name: function without arguments}.
-    Returns:
-        {name: seconds of each counted call}, at least `min_calls` or `min_seconds` of each
-    """
-    seconds = {name: [] for name in functions}
-    while any(len(times) < min_calls and sum(times) < min_seconds for times in seconds.values()):
-        for name, function in functions.items():
-            before, calls = time.perf_counter(), 0
-            while not calls or (calls < 5 and time.perf_counter() - before < 0.1):
-                function()
-                calls += 1
-            end = time.perf_counter() + 0.1
-            while (before := time.perf_counter()) < end:
-                function()
-                seconds[name].append(time.perf_counter() - before)
-    return seconds
-
-
-def latency(found, flops, batch_sizes, shape, num_threads):
-    """Rows of {model, runtime, precision, device, threads, batch_size, calls, median_ms, p90_ms, p99_ms,
-    images_per_second, share_of_matmul}: the models on the same random images, copied to the device and back.
-
-    Args:
-        found: {(model, runtime, precision, device): classifier}. flops: {model: operations an image}.
-    """
-    rows, keys = [], ("model", "runtime", "precision", "device")
-    devices = {device for *_, device in found}
-    for batch_size in batch_sizes:
-        images = torch.rand(batch_size, *shape, generator=torch.Generator().manual_seed(0))
-        functions = {key: partial(c.run, c.prepare(images)) for key, c in found.items()}
-        yardsticks = {device: matrix_product(device) for device in devices}
-        times = benchmark(functions | {device: call for device, (call, _) in yardsticks.items()})
-        for key in functions:
-            model, *_, device = key
-            median, p90, p99 = np.percentile(times[key], [50, 90, 99])
-            rate = yardsticks[device][1] / np.median(times[device])
-            rows.append(
-                dict(zip(keys, key))
-                | {
-                    "threads": num_threads,
-                    "batch_size": batch_size,
-                    "calls": len(times[key]),
-                    "median_ms": 1e3 * median,
-                    "p90_ms": 1e3 * p90,
-                    "p99_ms": 1e3 * p99,
-                    "images_per_second": batch_size / median,
-                    "share_of_matmul": flops[model] * batch_size / median / rate,
-                }
-            )
-    return rows
 
 
 def markdown(results):
@@ -414,7 +336,7 @@ def teacher_accuracy(teacher, args, classes):
     queries, labels, *_ = load_folder(args.query_dir, size, classes)
     with torch.inference_mode():
         answers = torch.cat([classifier(part) for part in queries.split(64)])
-    return accuracy_of(answers.argmax(-1) == labels)
+    return accuracy(answers.argmax(-1) == labels)
 
 
 def main(args):
@@ -449,7 +371,7 @@ def main(args):
     results = {"kind": "export", "num_images": len(queries), "fidelity": {}, "latency": [], "accuracy": {}}
     flops, teacher = {"student": models.count_flops(model)}, None
     if labels is not None:
-        results["accuracy"]["student torch"] = accuracy_of(reference.argmax(-1) == labels)
+        results["accuracy"]["student torch"] = accuracy(reference.argmax(-1) == labels)
     if args.teacher:
         teacher = models.load_model(args.teacher, image_size=args.teacher_image_size)
         flops["teacher"] = models.count_flops(teacher)

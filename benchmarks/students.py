@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from common.cli import HelpFormatter, positive_int, read_json
-from common.report import with_interval
+from common.report import points, with_interval
 
 ROOT = Path(__file__).parent.parent
 METHODS = {
@@ -66,20 +66,15 @@ def table(results):
         "| the student is distilled on | pretrained | *TINT minus it* | from random weights | *TINT minus it* |",
         "|---|---|---|---|---|",
         f"| nothing: its own prototypes | {with_interval(methods['prototypes'])} | "
-        f"{points(differences['tint', 'prototypes'])} | | |",
+        f"{points(*differences['tint', 'prototypes'])} | | |",
     ]
     for name, words in METHODS.items():
         cells = []
         for start in ("", "scratch_"):
             pair = differences.get((f"{start}tint", start + name))
-            cells += [with_interval(methods[start + name]), points(pair) if pair else ""]
+            cells += [with_interval(methods[start + name]), points(*pair) if pair else ""]
         lines.append(f"| {words} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", f"Teacher: {with_interval(methods['teacher'])}"])
-
-
-def points(difference):
-    mean, low, high = (100 * value for value in difference)
-    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def main(args):

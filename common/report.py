@@ -48,6 +48,11 @@ def with_interval(result):
     return f"{percent(result['mean'])} [{percent(result['ci95'][0])}, {percent(result['ci95'][1])}]"
 
 
+def points(mean, low, high):
+    """A difference of accuracies and its interval, in [-1, 1], as text in percentage points."""
+    return f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
 def data_uri(image):
     """A tensor [3, H, W] in [0, 1], or a PIL image, as the text of a PNG that a page can hold."""
     if isinstance(image, torch.Tensor):
@@ -217,7 +222,7 @@ def paired_section(pairs, words):
     if not pairs:
         return ""
     rows = [(f"{p['a']} − {p['b']}", *(100 * v for v in (p["mean"], *p["ci95"]))) for p in pairs]
-    cells = [[escape(name), f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"] for name, mean, low, high in rows]
+    cells = [[escape(name), points(p["mean"], *p["ci95"])] for (name, *_), p in zip(rows, pairs)]
     plot = interval_plot("Differences in percentage points, 95% intervals", rows, zero=True)
     return f"<h2>Paired differences</h2><p>{words}</p>" + table(["", "points"], cells) + plot
 
@@ -348,10 +353,9 @@ def fidelity_table(results):
     rows = []
     for name, v in results["fidelity"].items():
         row = [name, f"{v['max_abs_diff']:.1e}", f"{v['mean_abs_diff']:.1e}", percent(v["top1_agreement"])]
-        change = v.get("accuracy_change_points")
+        change = v.get("accuracy_change")
         if change:
-            low, high = change["ci95"]
-            row += [with_interval(v["accuracy"]), f"{change['mean']:+.1f} [{low:+.1f}, {high:+.1f}]"]
+            row += [with_interval(v["accuracy"]), points(change["mean"], *change["ci95"])]
         rows.append(row + [""] * (6 - len(row)))
     head = ["student in", "largest difference", "mean", "top-1 agrees, %", "accuracy, %", "change, points"]
     return [head, *rows]

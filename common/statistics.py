@@ -27,6 +27,12 @@ def wilson_interval(correct, count, z=Z95):
     return middle - half, middle + half
 
 
+def accuracy(correct):
+    """{"mean", "ci95": Wilson's, "count"} of right and wrong answers [N], a boolean tensor, N > 0."""
+    hits, count = int(correct.sum()), len(correct)
+    return {"mean": hits / count, "ci95": list(wilson_interval(hits, count)), "count": count}
+
+
 def paired_difference(a, b, z=Z95):
     """How much more often `a` is right than `b` on the same trials, with its 95% interval: (difference, low, high).
 

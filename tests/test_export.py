@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import export
-from common import models
+from common import latency, models
 from common.cli import UserError
 from common.images import load_folder
 from common.onnx_model import OnnxClassifier
@@ -164,7 +164,7 @@ def test_the_counted_operations_of_conv4():
 
 def test_functions_take_turns_until_each_has_been_called_often():
     calls = []
-    seconds = export.benchmark(
+    seconds = latency.benchmark(
         {"a": lambda: calls.append("a"), "b": lambda: (calls.append("b"), time.sleep(2e-3))},
         min_calls=60, min_seconds=30,
     )  # fmt: skip
@@ -183,9 +183,9 @@ def test_fidelity_by_hand_and_what_is_said_of_it():
     found = export.compare(reference, other, labels)
     assert found["max_abs_diff"] == 3 and found["mean_abs_diff"] == pytest.approx((0.5 + 4 + 1.5) / 8)
     assert found["top1_agreement"] == 0.5 and found["accuracy"]["mean"] == 0.75
-    assert found["accuracy_change_points"]["mean"] == 0  # one lost, one won
+    assert found["accuracy_change"]["mean"] == 0  # one lost, one won
     worse = export.compare(reference, reference.flip(1), torch.tensor([0, 1, 0, 1]))
-    assert worse["accuracy_change_points"]["mean"] == -100
-    assert export.verdict({"fp32": found, "int8": worse}).startswith("int8 LOSES 100.0 points")
+    assert worse["accuracy_change"]["mean"] == -1
+    assert export.verdict({"fp32": found, "int8": worse}).startswith("int8 LOSES accuracy: -100.0 [")
     assert "more than 0.5 points of accuracy: fp32" in export.verdict({"fp32": found})
     assert "--query_dir" in export.verdict({"fp32": export.compare(reference, other)})

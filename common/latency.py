@@ -1,0 +1,76 @@
+"""How long models take, side by side in one run."""
+
+import time
+from functools import partial
+
+import numpy as np
+import torch
+
+
+def matrix_product(device, side=1024):
+    """A function that multiplies two matrices in single precision, and its operations: the machine's yardstick."""
+    a, b = torch.rand(2, side, side, device=device)
+
+    def call():
+        product = a @ b
+        return product[0, 0].item()  # waits for the device
+
+    return call, 2 * side**3
+
+
+def benchmark(functions, min_calls=200, min_seconds=2.0):
+    """The time that each call takes, of functions that take turns, so that whatever else the machine does meets them
+    alike: a turn is a tenth of a second, and its first calls are not counted, for the caches and the waiting threads of
+    the runtime before are not the function's own.
+
+    Args:
+        functions: {name: function without arguments}.
+    Returns:
+        {name: seconds of each counted call}, at least `min_calls` or `min_seconds` of each
+    """
+    seconds = {name: [] for name in functions}
+    while any(len(times) < min_calls and sum(times) < min_seconds for times in seconds.values()):
+        for name, function in functions.items():
+            before, calls = time.perf_counter(), 0
+            while not calls or (calls < 5 and time.perf_counter() - before < 0.1):
+                function()
+                calls += 1
+            end = time.perf_counter() + 0.1
+            while (before := time.perf_counter()) < end:
+                function()
+                seconds[name].append(time.perf_counter() - before)
+    return seconds
+
+
+def latency(found, flops, batch_sizes, shape, num_threads):
+    """Rows of {model, runtime, precision, device, threads, batch_size, calls, median_ms, p90_ms, p99_ms,
+    images_per_second, share_of_matmul}: the models on the same random images, copied to the device and back.
+
+    Args:
+        found: {(model, runtime, precision, device): classifier}. flops: {model: operations an image}.
+    """
+    rows, keys = [], ("model", "runtime", "precision", "device")
+    devices = {device for *_, device in found}
+    for batch_size in batch_sizes:
+        images = torch.rand(batch_size, *shape, generator=torch.Generator().manual_seed(0))
+        functions = {key: partial(c.run, c.prepare(images)) for key, c in found.items()}
+        yardsticks = {device: matrix_product(device) for device in devices}
+        times = benchmark(functions | {device: call for device, (call, _) in yardsticks.items()})
+        for key in functions:
+            model, *_, device = key
+            median, p90, p99 = np.percentile(times[key], [50, 90, 99])
+            rate = yardsticks[device][1] / np.median(times[device])
+            rows.append(
+                dict(zip(keys, key))
+                | {
+                    "threads": num_threads,
+                    "batch_size": batch_size,
+                    "calls": len(times[key]),
+                    "median_ms": 1e3 * median,
+                    "p90_ms": 1e3 * p90,
+                    "p99_ms": 1e3 * p99,
+                    "images_per_second": batch_size / median,
+                    "share_of_matmul": flops[model] * batch_size / median / rate,
+                }
+            )
+    return rows
