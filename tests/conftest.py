@@ -5,14 +5,15 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from filelock import FileLock
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-ROOT = Path(__file__).parent.parent
+from tests import ROOT, launcher
+
 ACCELERATE = [
     sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1",
     "--mixed_precision", "no", "--dynamo_backend", "no",
@@ -21,22 +22,22 @@ PYTHON = [sys.executable]
 TWO_PROCESSES, THREE_PROCESSES = (
     [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", number, "--standalone"] for number in "23"
 )
-ENVIRONMENT = dict(os.environ, HF_HUB_OFFLINE="1", TQDM_DISABLE="1", PYTHONPATH=str(ROOT))
 
 
 def launch(*command, code=0, by=PYTHON, cwd=ROOT, timeout=600):
     """Runs a script and returns what it printed (stdout, stderr); fails unless it exits with `code`."""
-    environment = ENVIRONMENT | ({"OMP_NUM_THREADS": "1"} if by in (TWO_PROCESSES, THREE_PROCESSES) else {})
-    result = subprocess.run(
-        [*by, *map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout
-    )
+    if by == PYTHON:
+        status, out, err = launcher.run([*map(str, command)], cwd, timeout)
+        assert status == code, f"exit code {status}\n{out}\n{err}"
+        return out, err
+    result = subprocess.run([*by, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=timeout)
     assert result.returncode == code, f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
     return result.stdout, result.stderr
 
 
 def killed_when(condition, *command, timeout=300):
     """Runs a script and kills it, without a chance to tidy up, as soon as `condition()` holds."""
-    process = subprocess.Popen([*PYTHON, *map(str, command)], cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([*PYTHON, *map(str, command)], cwd=ROOT, stderr=subprocess.DEVNULL)
     end = time.monotonic() + timeout
     while not condition() and process.poll() is None and time.monotonic() < end:
         time.sleep(0.02)
@@ -51,9 +52,21 @@ INVERT = ("--max_train_steps", 6, "--validation_steps", 3, "--validation_samples
 def run_dir(tmp_path_factory):
     """A folder with a 2-way 2-shot episode of val classes, inverted, generated from, distilled: every stage in little.
 
-    Inverted and exported through `accelerate launch`, the rest through `python`.
+    Inverted and exported through `accelerate launch`, the rest through `python`; by whichever process of the tests
+    comes first, for all.
     """
-    root = tmp_path_factory.mktemp("run")
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    root, done = base / "run", base / "run.done"
+    with FileLock(base / "run.lock"):
+        if not done.is_file():
+            make_run(root)
+            done.touch()
+    return root
+
+
+def make_run(root):
     episode = ("--split", "val", "--num_ways", 2, "--num_shots", 2)
     launch("-m", "common.datasets", "--output_dir", root, *episode)
     launch("tint_invert.py", "--support_dir", root / "support", "--output_dir", root / "inversion",
@@ -65,7 +78,6 @@ def run_dir(tmp_path_factory):
     launch("export.py", "--model", root / "student", "--output_dir", root / "export", "--data_dir", root / "generated",
            "--precision", "fp32", "fp16", "int8", "--benchmark", "--teacher", "assets/teacher",
            by=ACCELERATE)  # fmt: skip
-    return root
 
 
 def save_tiny_stable_diffusion(folder, prediction_type, heads, width, scheduler=DDIMScheduler, **scheduler_config):

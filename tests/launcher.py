@@ -1,0 +1,40 @@
+"""Runs a script in a fork of a process that has imported what scripts do: importing takes longer than most tests."""
+
+import os
+import runpy
+import sys
+import tempfile
+from multiprocessing import get_context
+from pathlib import Path
+
+FORKS = get_context("forkserver")
+FORKS.set_forkserver_preload(["tint_invert", "tint_generate", "distill", "evaluate", "export", "demo"])
+
+
+def become(command, cwd, out, err):
+    """Makes this process the script: `command` is a file or "-m" and a module, and its options."""
+    for stream, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY), stream)
+    os.chdir(cwd)
+    if command[0] == "-m":
+        module, *options = command[1:]
+        sys.argv = [module, *options]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = list(command)
+        sys.path[0] = str(Path(cwd, command[0]).parent)
+        runpy.run_path(command[0], run_name="__main__")
+
+
+def run(command, cwd, timeout):
+    """(exit code, stdout, stderr) of `python *command`; a TimeoutError where it takes longer than `timeout` seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = (Path(folder) / name for name in ("out", "err"))
+        out.touch(), err.touch()
+        process = FORKS.Process(target=become, args=(command, str(cwd), str(out), str(err)))
+        process.start()
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            raise TimeoutError(f"{command} takes more than {timeout} s\n{out.read_text()}\n{err.read_text()}")
+        return process.exitcode, out.read_text(), err.read_text()
