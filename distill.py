@@ -209,7 +209,7 @@ def load_teacher(args, pictures, labels, device):
         return torch.stack(found).to(device)
 
     supports = torch.stack([as_tensor(picture, size) for picture in pictures]).to(device)
-    model = model.to(memory_format=torch.channels_last)
+    model = model.to(memory_format=models.memory_format(model))
     return specialise(model, supports, labels, args.teacher_specialization, args.teacher_scale, views)
 
 
@@ -260,7 +260,7 @@ def train(student, teacher, views, args, accelerator, settings):
     """
     device, checkpoint = accelerator.device, Path(args.output_dir) / "checkpoint.safetensors"
     learner = Learner(student, teacher.prototypes.shape[1] if args.feature_weight else None)
-    learner = learner.to(device, memory_format=torch.channels_last)
+    learner = learner.to(device, memory_format=models.memory_format(student))
     average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay), use_buffers=True)
     optimizer = torch.optim.AdamW(learner.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
     state = {"learner": learner, "average": average, "optimizer": optimizer}

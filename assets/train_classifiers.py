@@ -36,7 +36,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from assets.training import Checkpoint, Drawings, Pictures, rng_of_step, use_threads
 from common.cli import write_json
 from common.datasets import load_dataset
-from common.models import InkMap, features, input_size, load_model, save_model
+from common.models import InkMap, features, input_size, load_model, memory_format, save_model
 
 SETTINGS = {
     "teacher": {"architecture": "ink_lite", "max_train_steps": 600, "prototype_weight": 1.0, "augmentation": 1.4},
@@ -133,7 +133,7 @@ def main(args):
     drawings, val = (load_split(split, args, input_size(model)[0]) for split in ("base", "val"))
     members = [np.flatnonzero(drawings.labels.numpy() == c) for c in range(len(drawings.classes))]
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    model = model.to(device, memory_format=torch.channels_last)
+    model = model.to(device, memory_format=memory_format(model))
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay), use_buffers=True)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim < 2]

@@ -246,6 +246,17 @@ def input_size(model):
     return tuple(model.pretrained_cfg["input_size"][1:])
 
 
+def memory_format(model):
+    """The memory format to train a model in: channels_last, in which convolutions are fastest, unless one of them is
+    strided, 1x1 and of fewer than 8 channels, as RepVGG's first: on CPUs without AVX-512 its gradient is wrong there,
+    crashes or never ends (oneDNN's issue 6035)."""
+    unsafe = (
+        isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) != module.stride and module.in_channels < 8
+        for module in model.modules()
+    )
+    return torch.contiguous_format if any(unsafe) else torch.channels_last
+
+
 def count_flops(model):
     """Operations of one image, multiplications and additions, by PyTorch's counter."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

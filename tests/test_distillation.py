@@ -1,5 +1,6 @@
 """Distillation: its losses, views and teachers against independent computations, its students, and exact resumption."""
 
+import copy
 import itertools
 import json
 import shutil
@@ -280,6 +281,18 @@ def test_students_of_all_kinds_learn_are_saved_and_load(name, run_dir, tmp_path)
     with torch.no_grad():
         logits = loaded(models.normalize(loaded, images))
     assert models.input_size(loaded) == (32, 32) and logits.shape == (len(images), 2) and logits.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["conv4_64", "resnet12", "repvgg_a0"])
+def test_gradients_in_the_memory_format_for_training_are_those_of_double_precision(name):
+    torch.manual_seed(0)
+    model, images = models.load_model(name, pretrained=False, num_classes=2).eval(), torch.rand(4, 3, 32, 32)
+    exact, layout = copy.deepcopy(model).double(), models.memory_format(model)
+    assert layout == (torch.contiguous_format if name == "repvgg_a0" else torch.channels_last)
+    exact(images.double()).square().sum().backward()
+    model.to(memory_format=layout)(images.to(memory_format=layout)).square().sum().backward()
+    for ours, theirs in zip(model.parameters(), exact.parameters()):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=1e-5, rtol=1e-3)
 
 
 def test_a_checkpoint_starts_from_the_same_weights_as_a_folder(run_dir, tmp_path):
