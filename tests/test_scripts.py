@@ -400,7 +400,7 @@ def test_the_student_is_a_timm_model(run_dir, tmp_path):
 
 def test_distillation_is_reproducible_and_lowers_its_loss(run_dir, tmp_path):
     options = ("--support_dir", run_dir / "support", "--train_dir", run_dir / "generated", "--train_batch_size", 8)
-    launch("distill.py", *options, "--output_dir", tmp_path / "again", "--max_train_steps", 10, by=ACCELERATE)
+    launch("distill.py", *options, "--output_dir", tmp_path / "again", "--max_train_steps", 10)
     again, first = (load_file(d / "model.safetensors") for d in (tmp_path / "again", run_dir / "student"))
     assert all(torch.equal(again[k], first[k]) for k in first)
     launch("distill.py", *options, "--output_dir", tmp_path / "long", "--student", "conv4_64", "--max_train_steps", 60)
