@@ -25,7 +25,6 @@ from benchmarks.flops import stable_diffusion_1_5
 from common import diffusion, models
 from common.images import load_folder, load_image
 from tests.conftest import (
-    ACCELERATE,
     INVERT,
     PYTHON,
     ROOT,
