@@ -114,8 +114,12 @@ def main(args):
     drawings, held_out = Drawings(["base", "web"]), Drawings(["episode"], ["val"])
     latents, facts = encode(vae, drawings, args.copies, output_dir / "latents.safetensors", args.seed)
     val_latents, val_facts = encode(vae, held_out, 1, output_dir / "val.safetensors", args.seed)
-    tokenizer = train_tokenizer(drawings.classes)
-    unet, text_encoder = build(tokenizer, args.channels, args.layers)
+    if args.initial_model:
+        start = StableDiffusionPipeline.from_pretrained(args.initial_model, safety_checker=None, use_safetensors=True)
+        tokenizer, unet, text_encoder = start.tokenizer, start.unet, start.text_encoder
+    else:
+        tokenizer = train_tokenizer(drawings.classes)
+        unet, text_encoder = build(tokenizer, args.channels, args.layers)
     scheduler = DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     abar = scheduler.alphas_cumprod
     snr = abar / (1 - abar)
@@ -195,6 +199,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--vae", default="outputs/vae")
+    add("--initial_model", help="folder of a model to train further; default: random weights")
     add("--output_dir", default="outputs/mini-sd")
     add("--channels", type=int, nargs="+", default=[64, 128, 128], help="of the UNet's levels")
     add("--layers", type=int, default=1, help="layers of a level")
