@@ -34,7 +34,10 @@ from common.cli import (
     fingerprint,
     generator,
     natural_int,
+    non_negative,
+    positive,
     positive_int,
+    positive_share,
     run,
     settings_of,
     share,
@@ -88,7 +91,7 @@ def augmentation(size, args):
     jitter = args.color_jitter
     return v2.Compose(
         [
-            v2.ColorJitter(jitter, jitter, jitter, jitter / 4),
+            v2.ColorJitter(jitter, jitter, jitter, min(0.5, jitter / 4)),
             v2.RandomResizedCrop(size, scale=(args.min_crop, 1.0), antialias=True),
             v2.RandomHorizontalFlip(args.flip_probability),
             v2.ToImage(),
@@ -174,8 +177,10 @@ class Learner(nn.Module):
     def forward(self, views):
         """Views [B, 3, H, W] in [0, 1] to logits [B, C] and projected features [B, D], or None."""
         maps = self.student.forward_features(models.normalize(self.student, views))
-        projected = self.projection(self.student.forward_head(maps, pre_logits=True)) if self.projection else None
-        return self.student.forward_head(maps), projected
+        if not self.projection:
+            return self.student.forward_head(maps), None
+        f = self.student.forward_head(maps, pre_logits=True)
+        return self.student.get_classifier()(f), self.projection(f)
 
 
 def load_student(args, num_classes):
@@ -213,7 +218,7 @@ def load_teacher(args, pictures, labels, device):
     return specialise(model, supports, labels, args.teacher_specialization, args.teacher_scale, views)
 
 
-def list_others(args, classes):
+def list_others(args):
     """The folder of labelled images and the files of unlabelled ones that are to be trained on beside the supports."""
     if args.supports_only:
         return None, []
@@ -270,6 +275,8 @@ def train(student, teacher, views, args, accelerator, settings):
     first_step, recent, losses = facts.get("step", 0), facts.get("recent", []), facts.get("losses", [])
     accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
     model, prepared = accelerator.prepare(learner, optimizer)
+    if accelerator.scaler and facts.get("scaler"):  # of fp16's gradients
+        accelerator.scaler.load_state_dict(facts["scaler"])
 
     numbers = batch_numbers(args, first_step, accelerator.process_index, accelerator.num_processes)
     sampler = [range(n * args.train_batch_size, (n + 1) * args.train_batch_size) for n in numbers]
@@ -316,6 +323,7 @@ def train(student, teacher, views, args, accelerator, settings):
         if (step + 1) % args.checkpointing_steps == 0 and step + 1 < args.max_train_steps:
             if accelerator.is_main_process:
                 facts = {"settings": settings, "step": step + 1, "recent": recent, "losses": losses}
+                facts["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else None
                 save_checkpoint(checkpoint, facts, **state)
             accelerator.wait_for_everyone()
     return (average.module if args.ema_decay else student), losses
@@ -353,11 +361,14 @@ def main(args):
     if len(by_class) < 2:
         raise UserError(f"{args.support_dir} holds one class only: there is nothing to tell apart.")
     classes, paths = list(by_class), [path for group in by_class.values() for path in group]
-    train_dir, unlabeled = list_others(args, classes)
-    files = (list_samples(train_dir, classes) if train_dir else []) + unlabeled
+    train_dir, unlabeled = list_others(args)
+    samples = list_samples(train_dir, classes) if train_dir else {}
     settings = settings_of(args, *OUTSIDE) | {
-        "support_images": fingerprint(paths),
-        "other_images": fingerprint(files),
+        "support_images": {name: fingerprint(group) for name, group in by_class.items()},
+        "train_images": {name: fingerprint(group) for name, group in samples.items()},
+        "unlabeled_images": fingerprint(unlabeled),
+        "teacher_weights": models.weights_of(args.teacher, args.teacher_checkpoint),
+        "student_weights": models.weights_of(args.student, args.student_checkpoint),
         "num_processes": accelerator.num_processes,
     }
     if check_settings(output_dir / "distill.json", settings):
@@ -414,7 +425,7 @@ def parse_args(argv=None):
         help="of the teacher on the "
         "supports: cosine prototypes, a linear layer on them, or the whole backbone as in P>M>F",
     )
-    teacher("--teacher_scale", type=float, default=10.0, help="inverse softmax temperature of cosine similarities")
+    teacher("--teacher_scale", type=positive, default=10.0, help="inverse softmax temperature of cosine similarities")
     student = parser.add_argument_group("student").add_argument
     student(
         "--student",
@@ -424,15 +435,17 @@ def parse_args(argv=None):
     student("--student_checkpoint", help="safetensors file of weights to start from")
     student("--student_image_size", type=positive_int, help="the student's input side; default: its own")
     loss = parser.add_argument_group("loss").add_argument
-    loss("--temperature", type=float, default=1.0, help="softmax temperature of the distillation loss")
+    loss("--temperature", type=positive, default=1.0, help="softmax temperature of the distillation loss")
     loss("--hard_label_weight", type=share, default=0.0, help="share of the cross-entropy of labels in the loss")
-    loss("--feature_weight", type=float, default=0.0, help="weight of matching the teacher's features")
+    loss("--feature_weight", type=non_negative, default=0.0, help="weight of matching the teacher's features")
     views = parser.add_argument_group("views").add_argument
-    views("--min_crop", type=float, default=0.6, help="smallest area of a random crop")
+    views("--min_crop", type=positive_share, default=0.6, help="smallest area of a random crop")
     views("--flip_probability", type=share, default=0.5, help="of mirroring; 0 where mirror images are wrong")
-    views("--color_jitter", type=float, default=0.4, help="strength of brightness, contrast and saturation changes")
-    views("--mixup", type=float, default=0.0, help="mixup's Beta parameter; 0 is off")
-    views("--cutmix", type=float, default=0.0, help="CutMix's Beta parameter; 0 is off")
+    views(
+        "--color_jitter", type=non_negative, default=0.4, help="strength of changes of brightness, contrast, saturation"
+    )
+    views("--mixup", type=non_negative, default=0.0, help="mixup's Beta parameter; 0 is off")
+    views("--cutmix", type=non_negative, default=0.0, help="CutMix's Beta parameter; 0 is off")
     views(
         "--num_views",
         type=natural_int,
@@ -445,8 +458,8 @@ def parse_args(argv=None):
     training("--max_train_steps", type=positive_int, default=300, help="steps of optimisation")
     training("--train_batch_size", type=positive_int, default=50, help="views a pass and process")
     training("--gradient_accumulation_steps", type=positive_int, default=1, help="passes a step")
-    training("--learning_rate", type=float, default=1e-3, help="AdamW's highest learning rate")
-    training("--weight_decay", type=float, default=1e-2, help="AdamW's weight decay")
+    training("--learning_rate", type=positive, default=1e-3, help="AdamW's highest learning rate")
+    training("--weight_decay", type=non_negative, default=1e-2, help="AdamW's weight decay")
     training("--ema_decay", type=share, default=0.0, help="of a moving average of the weights, kept instead; 0 is off")
     training("--checkpointing_steps", type=positive_int, default=100, help="steps between checkpoints")
     return parser.parse_args(argv)  # fmt: skip

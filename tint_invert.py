@@ -30,10 +30,13 @@ from common.cli import (
     fingerprint,
     generator,
     natural_int,
+    non_negative,
     parse_with_model_defaults,
+    positive,
     positive_int,
     run,
     settings_of,
+    share,
     start,
     whole_file,
     write_json,
@@ -520,8 +523,8 @@ def parse_args(argv=None):
     group("--fallback_token", default="object", help="the same where the tokenizer knows none of them")
     group("--max_train_steps", type=natural_int, default=500, help="steps of optimisation, at most")
     group("--train_batch_size", type=positive_int, default=4, help="noisy latents a class and step")
-    group("--learning_rate", type=float, default=5e-3, help="AdamW's learning rate")
-    group("--adam_weight_decay", type=float, default=1e-2, help="AdamW's weight decay")
+    group("--learning_rate", type=positive, default=5e-3, help="AdamW's learning rate")
+    group("--adam_weight_decay", type=non_negative, default=1e-2, help="AdamW's weight decay")
     group("--lr_scheduler", default="constant", choices=[s.value for s in SchedulerType][:6], help="its course")
     group("--lr_warmup_steps", type=natural_int, default=0, help="steps of its warm-up")
     group(
@@ -530,19 +533,19 @@ def parse_args(argv=None):
     group("--validation_steps", type=positive_int, default=10, help="steps between losses on fixed noise")
     group("--validation_samples", type=positive_int, default=16, help="fixed noisy latents a class")
     group("--patience", type=natural_int, default=3, help="validations without gain until a class is done; 0: never")
-    group("--min_improvement", type=float, default=0.002, help="share of the loss that counts as a gain")
+    group("--min_improvement", type=non_negative, default=0.002, help="share of the loss that counts as a gain")
     group("--class_batch_size", type=positive_int, default=1, help="classes that are inverted together")
     group("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, more time")
     group = parser.add_argument_group("null-text inversion").add_argument
     group("--num_inference_steps", type=positive_int, default=16, help="DDIM steps")
-    group("--guidance_scale", type=float, default=7.5, help="guidance scale w")
-    group("--null_text_learning_rate", type=float, default=1e-2, help="Adam's learning rate")
+    group("--guidance_scale", type=non_negative, default=7.5, help="guidance scale w")
+    group("--null_text_learning_rate", type=positive, default=1e-2, help="Adam's learning rate")
     group("--null_text_steps", type=natural_int, default=5, help="at most so many Adam steps a DDIM step")
-    group("--null_text_tolerance", type=float, default=3e-4, help="mean squared error that is close enough")
+    group("--null_text_tolerance", type=non_negative, default=3e-4, help="mean squared error that is close enough")
     group("--fixed_point_steps", type=natural_int, default=1, help="more evaluations a step of DDIM inversion")
     group(
         "--null_text_start",
-        type=float,
+        type=share,
         default=0.5,
         help="from the empty prompt, 0 (the paper), to the prompt, 1, with which nothing is guided, so that no step is "
         "needed either (negative-prompt inversion, 2305.16807)",

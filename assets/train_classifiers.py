@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from assets.training import Checkpoint, Drawings, Pictures, rng_of_step, use_threads
-from common.cli import write_json
+from common.cli import run, write_json
 from common.datasets import load_dataset
 from common.models import InkMap, features, input_size, load_model, memory_format, save_model
 
@@ -140,7 +140,7 @@ def main(args):
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay},
                                    {"params": vectors, "weight_decay": 0}])  # fmt: skip
     output_dir = Path(args.output_dir)
-    checkpoint = Checkpoint(output_dir / "checkpoint.safetensors", model=model, ema=ema, optimizer=optimizer)
+    checkpoint = Checkpoint(output_dir / "checkpoint.safetensors", args, model=model, ema=ema, optimizer=optimizer)
     facts = checkpoint.load()
     curve, start = facts.get("curve", []), facts.get("step", 0)
     clock, seconds, losses = time.time(), facts.get("seconds", 0), []
@@ -214,4 +214,4 @@ def parse_args():
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run(main, parse_args)

@@ -27,7 +27,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from assets.colours import BACKGROUNDS, FOREGROUNDS
 from assets.training import Checkpoint, Drawings, moving_average, rng_of_step, use_threads
-from common.cli import whole_file, write_json
+from common.cli import digest, run, whole_file, write_json
 
 MAX_TOKENS = 16
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}  # Stable Diffusion's
@@ -86,8 +86,10 @@ def build(tokenizer, channels, layers):
 
 
 @torch.no_grad()
-def encode(vae, drawings, copies, path, seed):
+def encode(vae, drawings, copies, folder, seed):
     """Latents of `copies` paintings of each drawing, float16 [N, copies, 4, 8, 8], and their facts; kept in a file."""
+    weights = [values.sum().item() for values in vae.state_dict().values()]
+    path = folder / f"latents-{digest(weights, drawings.classes, len(drawings), copies, seed)}.safetensors"
     if not path.is_file():
         rng = np.random.default_rng([seed, 1])
         painted = [
@@ -110,16 +112,17 @@ def main(args):
     torch.manual_seed(args.seed)
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    vae = AutoencoderKL.from_pretrained(args.vae, use_safetensors=True).eval().requires_grad_(False)
     drawings, held_out = Drawings(["base", "web"]), Drawings(["episode"], ["val"])
-    latents, facts = encode(vae, drawings, args.copies, output_dir / "latents.safetensors", args.seed)
-    val_latents, val_facts = encode(vae, held_out, 1, output_dir / "val.safetensors", args.seed)
     if args.initial_model:
         start = StableDiffusionPipeline.from_pretrained(args.initial_model, safety_checker=None, use_safetensors=True)
-        tokenizer, unet, text_encoder = start.tokenizer, start.unet, start.text_encoder
+        vae, tokenizer, unet, text_encoder = start.vae, start.tokenizer, start.unet, start.text_encoder
     else:
+        vae = AutoencoderKL.from_pretrained(args.vae, use_safetensors=True)
         tokenizer = train_tokenizer(drawings.classes)
         unet, text_encoder = build(tokenizer, args.channels, args.layers)
+    vae = vae.eval().requires_grad_(False)
+    latents, facts = encode(vae, drawings, args.copies, output_dir, args.seed)
+    val_latents, val_facts = encode(vae, held_out, 1, output_dir, args.seed)
     scheduler = DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     abar = scheduler.alphas_cumprod
     snr = abar / (1 - abar)
@@ -147,7 +150,9 @@ def main(args):
     networks = torch.nn.ModuleList([unet, text_encoder])
     ema = AveragedModel(networks, multi_avg_fn=moving_average(args.ema_decay))
     optimizer = torch.optim.AdamW(networks.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    checkpoint = Checkpoint(output_dir / "checkpoint.safetensors", networks=networks, ema=ema, optimizer=optimizer)
+    checkpoint = Checkpoint(
+        output_dir / "checkpoint.safetensors", args, networks=networks, ema=ema, optimizer=optimizer
+    )
     past = checkpoint.load()
     curve, first, seconds = past.get("curve", []), past.get("step", 0), past.get("seconds", 0)
     size, losses, clock = args.train_batch_size, [], time.time()
@@ -162,6 +167,7 @@ def main(args):
         rows, copies = order[place : place + size], rng.integers(args.copies, size=size)
         captions = ["" if rng.random() < 0.1 else caption(facts[i][j], rng) for i, j in zip(rows, copies)]
         t = ((torch.arange(size) + torch.rand(size, generator=noise)) * 1000 / size).long()  # stratified
+        t = t.clamp(max=999)  # the last sum may round up
         z = latents[torch.from_numpy(rows), torch.from_numpy(copies)].float()
         loss = weighted_loss(networks, z, captions, t, torch.randn(z.shape, generator=noise))
         loss.backward()
@@ -199,7 +205,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--vae", default="outputs/vae")
-    add("--initial_model", help="folder of a model to train further; default: random weights")
+    add("--initial_model", help="folder of a model to train further, with its own VAE; default: random weights")
     add("--output_dir", default="outputs/mini-sd")
     add("--channels", type=int, nargs="+", default=[64, 128, 128], help="of the UNet's levels")
     add("--layers", type=int, default=1, help="layers of a level")
@@ -216,4 +222,4 @@ def parse_args():
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run(main, parse_args)

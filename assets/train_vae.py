@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from assets.training import Checkpoint, Drawings, rng_of_step, use_threads
-from common.cli import write_json
+from common.cli import run, write_json
 
 
 def build():
@@ -65,7 +65,7 @@ def main(args):
     trained = [p for p in vae.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.99), weight_decay=1e-4)
     output_dir = Path(args.output_dir)
-    checkpoint = Checkpoint(output_dir / "checkpoint.safetensors", vae=vae, ema=ema, optimizer=optimizer)
+    checkpoint = Checkpoint(output_dir / "checkpoint.safetensors", args, vae=vae, ema=ema, optimizer=optimizer)
     facts = checkpoint.load()
     curve, start = facts.get("curve", []), facts.get("step", 0)
     clock, seconds, losses = time.time(), facts.get("seconds", 0), []
@@ -128,4 +128,4 @@ def parse_args():
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run(main, parse_args)

@@ -13,7 +13,8 @@ from PIL import Image, ImageOps
 
 import distill
 from assets.colours import draw_colours
-from common.checkpoint import load_checkpoint, save_checkpoint
+from common.checkpoint import load_checkpoint, load_facts, save_checkpoint
+from common.cli import compare_settings, settings_of
 from common.datasets import load_dataset
 from common.icons_fs import load_class, load_drawings, load_ink, load_splits
 from common.images import as_tensor
@@ -78,11 +79,13 @@ class Checkpoint:
 
     Args:
         path: the file.
+        args: the settings; a training does not go on with others.
         stateful: {name: module or AdamW optimizer}.
     """
 
-    def __init__(self, path, **stateful):
+    def __init__(self, path, args, **stateful):
         self.path, self.stateful, self.stopping = Path(path), stateful, False
+        self.settings = settings_of(args, "num_threads")
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.stop)
 
@@ -90,10 +93,15 @@ class Checkpoint:
         self.stopping = True
 
     def save(self, **facts):
-        save_checkpoint(self.path, facts, **self.stateful)
+        save_checkpoint(self.path, {"settings": self.settings, **facts}, **self.stateful)
 
     def load(self):
-        """Restores what was saved and returns its facts, {} where there is nothing."""
+        """Restores what was saved and returns its facts, {} where there is nothing.
+
+        Raises:
+            UserError: it was begun with other settings.
+        """
+        compare_settings(self.path, load_facts(self.path).get("settings", self.settings), self.settings)
         return load_checkpoint(self.path, **self.stateful)
 
 

@@ -92,7 +92,11 @@ def parse_args(argv=None):
     add("--num_episodes", type=positive_int, default=30, help="episodes")
     add("--num_images", type=positive_int, default=60, help="generated or unlabelled images a class")
     add("--max_train_steps", type=positive_int, nargs=2, default=[100, 200], help="pretrained, from random weights")
-    add("--learning_rate", default="3e-4", help="of pretrained students; 1e-3 from random weights")
+    add(
+        "--learning_rate",
+        default="3e-4",
+        help="of pretrained students, but for strong supports, 3e-4; 1e-3 from random weights",
+    )
     add("--distill", default="--num_views 2500 --train_batch_size 25", help="options of distill.py for all")
     add("--num_processes", type=positive_int, default=2, help="processes, among which the cores are shared out")
     add("--output_dir", default="outputs/students", help="folder to write to")

@@ -4,6 +4,7 @@ import argparse
 import errno
 import hashlib
 import json
+import math
 import os
 import platform
 import resource
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 
 
 class UserError(Exception):
@@ -23,23 +25,22 @@ class UserError(Exception):
 
 def run(main, parse_args):
     """Calls `main(parse_args())`. One message instead of a traceback, and exit code 2, for a `UserError` and for a
-    path that cannot be written to; exit code 1 for a full disk."""
+    path that cannot be written to; exit code 1 for a full disk or quota, or a file larger than may be."""
+    args = None
     try:
-        main(parse_args())
+        args = parse_args()
+        main(args)
     except UserError as error:
         sys.exit(fail(str(error), 2))
     except (PermissionError, NotADirectoryError, FileExistsError, IsADirectoryError) as error:
         sys.exit(fail(f"{error.filename}: {error.strerror}. Give another folder, or make it one.", 2))
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, SafetensorError) as error:  # safetensors' own kind names the operating system's in its text
+        full = [code for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+                if code == getattr(error, "errno", None) or f"(os error {code})" in str(error)]  # fmt: skip
+        if not full:
             raise
-        sys.exit(
-            fail(
-                f"no space left on disk for {error.filename or 'the output'}. Free some and start again: "
-                "what is finished is kept.",
-                1,
-            )
-        )
+        name = getattr(error, "filename", None) or getattr(args, "output_dir", "the output")
+        sys.exit(fail(f"{name}: {os.strerror(full[0])}. Free some space and start again: what is finished is kept.", 1))
 
 
 def fail(message, code):
@@ -93,11 +94,30 @@ def positive_int(text):
     return value
 
 
+def non_negative(text):
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 0")
+    return value
+
+
+def positive(text):
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{value} is not above 0")
+    return value
+
+
 def share(text):
     value = float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{value} is not between 0 and 1")
     return value
+
+
+def positive_share(text):
+    share(text)
+    return positive(text)
 
 
 def start(args):

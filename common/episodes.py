@@ -26,7 +26,6 @@ from common.cli import (
     UserError,
     check_settings,
     digest,
-    fingerprint,
     provenance,
     read_json,
     settings_of,
@@ -55,7 +54,8 @@ OPTIONS = (
     "pretrained_model_name_or_path", "teacher", "teacher_image_size", "student", "invert", "generate", "distill",
     "num_real", "num_unlabeled", "web_dir",
 )  # fmt: skip
-PARTS = {"teacher": "teacher", "prototypes": "student"}  # whose options alone count
+PARTS = {"teacher": "teacher", "prototypes": "student"}  # whose options alone count, and, for the teacher,
+VIEWS = ("min_crop", "flip_probability", "color_jitter")  # those of the views that it may be trained on
 IDENTITY = ("dataset", "dataset_dir", "split", "num_ways", "num_shots", "seed")  # of a benchmark: it cannot change
 
 
@@ -111,18 +111,20 @@ def parse_arm(text, args):
             chosen.max_train_steps = 0
             chosen.plain_prompt = chosen.plain_prompt or chosen.prompt.split(" of ")[0]
         settings = settings_of(chosen, "seed", "support_dir", "inversion_dir", "train_dir", "unlabeled_dir")
-        settings = {name: value for name, value in settings.items() if name.startswith(PARTS.get(method, ""))}
+        counts = (PARTS.get(method, ""), *(VIEWS if method == "teacher" else ()))
+        settings = {name: value for name, value in settings.items() if name.startswith(counts)}
         keys[script] = key = digest(key, settings, *(weights if script == "distill" else []))
     return Arm(name or head, method, shlex.join(words), arguments, keys, key)
 
 
 def backbones(options, method):
     """What tells the weights that an arm starts from: their contents where they lie in a file, else their name."""
-    names = {"teacher": options.teacher, "student": options.student}
-    files = {"teacher": options.teacher_checkpoint, "student": options.student_checkpoint}
-    for part in [PARTS[method]] if method in PARTS else names:
-        file = Path(files[part] or Path(names[part]) / "model.safetensors")
-        yield names[part], fingerprint([file]) if file.is_file() else ""
+    starts = {
+        "teacher": (options.teacher, options.teacher_checkpoint),
+        "student": (options.student, options.student_checkpoint),
+    }
+    for part in [PARTS[method]] if method in PARTS else starts:
+        yield starts[part][0], models.weights_of(*starts[part])
 
 
 def image_source(args, method):
@@ -130,6 +132,15 @@ def image_source(args, method):
     return {"real": [args.num_real], "base": [args.num_unlabeled], "mined": [args.num_unlabeled, args.web_dir]}.get(
         method, []
     )
+
+
+def images_folder(arm, args):
+    """The folder, within an episode's, of the other images that an arm trains on."""
+    source, options = image_source(args, arm.method), arm.arguments["distill"]
+    if arm.method == "mined":  # by the teacher's features
+        weights = models.weights_of(options.teacher, options.teacher_checkpoint)
+        source = [*source, options.teacher, options.teacher_image_size, weights]
+    return f"{arm.method}-{digest(*source)}"
 
 
 @contextmanager
@@ -184,7 +195,7 @@ def specialise(arm, folder, seed, supports, dataset, args, device):
         inputs["train_dir"] = str(images)
     elif arm.method != "supports":
         option = "train_dir" if arm.method == "real" else "unlabeled_dir"
-        images = folder / f"{arm.method}-{digest(*image_source(args, arm.method), options.teacher)}"
+        images = folder / images_folder(arm, args)
         if not images.is_dir():
             datasets.write_images(*other_images(arm.method, folder, seed, supports, dataset, options, args), images)
         inputs[option] = str(images)

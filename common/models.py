@@ -9,6 +9,8 @@ wants.
 import itertools
 import json
 import shutil
+import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import timm
@@ -16,12 +18,13 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.layers import DropBlock2d, to_2tuple
+from timm.layers import to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, save_for_hf
+from timm.models._input import update_model_input_size
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.cli import UserError
+from common.cli import UserError, fingerprint
 
 
 class FlatHead(nn.Module):
@@ -54,13 +57,28 @@ class FlatHead(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def pooled_area(img_size):
-    """Positions of the feature map that four 2x2 poolings leave of an input with this side (or height and width)."""
-    height, width = to_2tuple(img_size)
-    return (height // 16) * (width // 16)
+class FlatMap(FlatHead):
+    """A FlatHead whose `blocks` end in a map of `channels` and a sixteenth of the input's side: the head's width
+    depends on it."""
+
+    def __init__(self, blocks, channels, img_size, num_classes):
+        self.channels = channels
+        super().__init__(blocks, self.width(img_size), num_classes)
+
+    def width(self, img_size):
+        height, width = to_2tuple(img_size)
+        return self.channels * (height // 16) * (width // 16)
+
+    def set_input_size(self, img_size):
+        """As timm's transformers: takes another input side, or height and width. The head starts anew where its width
+        changes."""
+        if self.width(img_size) != self.num_features:
+            self.num_features = self.head_hidden_size = self.width(img_size)
+            self.reset_classifier(self.num_classes)
+        update_model_input_size(self, img_size)
 
 
-class Conv4(FlatHead):
+class Conv4(FlatMap):
     """The four-block convolutional network of the few-shot literature (Vinyals et al., 1606.04080, section 4.1).
 
     Each block is a 3x3 convolution with `width` channels, batch normalisation, ReLU and 2x2 max pooling. With 64
@@ -74,7 +92,7 @@ class Conv4(FlatHead):
             nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU(), nn.MaxPool2d(2))
             for i, o in itertools.pairwise(channels)
         ]
-        super().__init__(nn.Sequential(*blocks), width * pooled_area(img_size), num_classes)
+        super().__init__(nn.Sequential(*blocks), width, img_size, num_classes)
 
 
 class InkMap(nn.Module):
@@ -89,7 +107,7 @@ class InkMap(nn.Module):
         return distance / distance.amax((1, 2, 3), keepdim=True).clamp_min(0.1)
 
 
-class InkLite(FlatHead):
+class InkLite(FlatMap):
     """The embedded teacher: the first five of EfficientNet-Lite0's seven stages (Tan and Le, 1905.11946, in the edition
     without squeeze-and-excitation), on the ink map. 0.7 million parameters without the head, which sees
     112 * (img_size / 16)^2 features: 1792 for 64x64 inputs.
@@ -98,7 +116,28 @@ class InkLite(FlatHead):
     def __init__(self, num_classes=1000, in_chans=3, img_size=64):
         whole = timm.create_model("tf_efficientnet_lite0", in_chans=1)
         blocks = nn.Sequential(InkMap(), whole.conv_stem, whole.bn1, *whole.blocks[:5])
-        super().__init__(blocks, 112 * pooled_area(img_size), num_classes)
+        super().__init__(blocks, 112, img_size, num_classes)
+
+
+class DropBlock(nn.Module):
+    """DropBlock (Ghiasi et al., 1810.12890, algorithm 1): in training, squares of `size` positions, of each channel by
+    itself, become zero, and the rest grows to the same sum. The squares lie within the map; on a map smaller than one
+    they are 2x2, as MetaOptNet has them for 32x32 inputs."""
+
+    def __init__(self, rate, size):
+        super().__init__()
+        self.rate, self.size = rate, size
+
+    def forward(self, x):
+        if not self.training:
+            return x
+        height, width = x.shape[-2:]
+        size = min(self.size if min(height, width) >= self.size else 2, height, width)
+        places = height - size + 1, width - size + 1
+        gamma = self.rate / size**2 * height * width / (places[0] * places[1])
+        corners = torch.full((*x.shape[:2], *places), gamma, device=x.device).bernoulli()
+        kept = 1 - F.max_pool2d(F.pad(corners, [size - 1] * 4), size, stride=1)
+        return x * (kept * kept.numel() / kept.sum().clamp_min(1)).to(x.dtype)
 
 
 class ResNet12Block(nn.Module):
@@ -115,7 +154,7 @@ class ResNet12Block(nn.Module):
         self.convolutions = nn.Sequential(*layers)
         self.shortcut = nn.Sequential(nn.Conv2d(in_chans, out_chans, 1, bias=False), nn.BatchNorm2d(out_chans))
         self.pool = nn.Sequential(nn.LeakyReLU(0.1), nn.MaxPool2d(2))
-        self.drop = DropBlock2d(drop_rate, 5) if drop_block else nn.Dropout(drop_rate)
+        self.drop = DropBlock(drop_rate, 5) if drop_block else nn.Dropout(drop_rate)
 
     def forward(self, x):
         return self.drop(self.pool(self.convolutions(x) + self.shortcut(x)))
@@ -124,8 +163,9 @@ class ResNet12Block(nn.Module):
 class ResNet12(FlatHead):
     """The residual network of the few-shot literature in the form of MetaOptNet (Lee et al., 1904.03758;
     after TADAM, 1805.10123): four blocks of 64, 160, 320 and 640 channels, leaky ReLU, dropout after the first two and
-    DropBlock (1810.12890) of 5x5 after the last two; then the mean over positions, as in RFS (2003.11539). It has
-    12,424,320 parameters without the head, which sees 640 features, whatever the input's size.
+    DropBlock of 5x5 after the last two, at its full rate from the first batch on (theirs grows over 40,000); then the
+    mean over positions, as in RFS (2003.11539). It has 12,424,320 parameters without the head, which sees 640 features,
+    whatever the input's size.
     """
 
     def __init__(self, num_classes=1000, in_chans=3, drop_rate=0.1):
@@ -134,6 +174,9 @@ class ResNet12(FlatHead):
             ResNet12Block(i, o, depth >= 2, drop_rate) for depth, (i, o) in enumerate(itertools.pairwise(channels))
         ]
         super().__init__(nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1)), 640, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="leaky_relu")
 
 
 CONFIG = {
@@ -170,6 +213,20 @@ def ink_lite(pretrained=False, **kwargs):
     return build_model_with_cfg(InkLite, "ink_lite", pretrained, **kwargs)
 
 
+@contextmanager
+def no_unpickling():
+    """Inside, torch.load refuses: timm falls back to it where the hub has a model's weights in no safetensors file."""
+
+    def refuse(*args, **kwargs):
+        raise ValueError("its weights are a pickle file, and only safetensors are read.")
+
+    load, torch.load = torch.load, refuse
+    try:
+        yield
+    finally:
+        torch.load = load
+
+
 def load_model(name_or_path, pretrained=True, image_size=None, checkpoint=None, **kwargs):
     """A timm model in eval mode from a model folder, a timm name, or a hub name (`hf-hub:...`).
 
@@ -188,12 +245,11 @@ def load_model(name_or_path, pretrained=True, image_size=None, checkpoint=None, 
         raise UserError(f"{folder}: no such folder.")
     else:
         source = name_or_path
-    if image_size and source in ("conv4_64", "ink_lite"):  # the size of their heads depends on it
-        kwargs["img_size"] = image_size
     try:
-        model = timm.create_model(source, pretrained=pretrained and not checkpoint, **kwargs).eval()
+        with no_unpickling():
+            model = timm.create_model(source, pretrained=pretrained and not checkpoint, **kwargs).eval()
         if image_size:
-            if hasattr(model, "set_input_size"):  # transformers: their position embeddings depend on it
+            if hasattr(model, "set_input_size"):  # position embeddings, or a head, depend on it
                 model.set_input_size(img_size=(image_size, image_size))
             model.pretrained_cfg["input_size"] = (3, image_size, image_size)
     except Exception as error:  # timm, safetensors, json and the hub each raise their own kinds
@@ -207,11 +263,13 @@ def load_model(name_or_path, pretrained=True, image_size=None, checkpoint=None, 
 
 
 def load_weights(model, path):
-    """Replaces a timm model's weights, but for its classifier's, by those of a safetensors file."""
+    """Replaces a timm model's weights, but for its classifier's, by those of a safetensors file. Position embeddings of
+    another input size are resampled, by timm's own filter of the architecture's checkpoints."""
     heads = model.pretrained_cfg["classifier"]
     heads = tuple(f"{name}." for name in ([heads] if isinstance(heads, str) else heads or []))
     try:
-        state = {k: v for k, v in load_file(path).items() if not k.startswith(heads)}
+        adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", lambda state, model: state)
+        state = {k: v for k, v in adapt(load_file(path), model).items() if not k.startswith(heads)}
         absent, unknown = model.load_state_dict(state, strict=False)
         absent = [k for k in absent if not k.startswith(heads)]
         if absent or unknown:
@@ -233,6 +291,12 @@ def save_model(model, folder, classes):
     for name in ("model.safetensors", "config.json"):
         (temporary / name).replace(folder / name)
     shutil.rmtree(temporary)
+
+
+def weights_of(name_or_path, checkpoint=None):
+    """What tells a model's weights in a record: a fingerprint of their file, None where the name alone says it."""
+    file = Path(checkpoint or Path(name_or_path) / "model.safetensors")
+    return fingerprint([file]) if file.is_file() else None
 
 
 def class_names(name_or_path):

@@ -34,7 +34,7 @@ def write_shard(path, rows, images):
 
 
 def list_samples(folder, classes):
-    """The files that hold the images of a folder of either kind.
+    """The files that hold the images of a folder of either kind: {class name: paths}, shards as those of "".
 
     Raises:
         UserError: neither kind of folder, an unfinished one, or its classes are not `classes`.
@@ -42,13 +42,13 @@ def list_samples(folder, classes):
     folder = Path(folder)
     shards = sorted(folder.glob("*.tar"))
     if not shards:
-        return [path for paths in list_images(folder, classes).values() for path in paths]
+        return list_images(folder, classes)
     if not (folder / "metadata.jsonl").is_file():
         raise UserError(f"{folder} has no metadata.jsonl: tint_generate.py has not finished. Start it again.")
     found = {row["label"] for row in read_json_lines(folder / "metadata.jsonl")}
     if found != set(classes):
         raise UserError(f"{folder} has images of {sorted(found)}, and {sorted(classes)} are wanted.")
-    return shards
+    return {"": shards}
 
 
 def open_samples(folder, size=None, wanted=None):

@@ -17,7 +17,7 @@ LEARNING_RATES = {"linear_probe": (0, 1e-4, 1e-3, 1e-2), "fine_tune": (0, 1e-5, 
 
 
 class LinearProbe(PrototypeClassifier):
-    """logits = scale * W embed(x) + b on the frozen backbone; W starts at the prototypes and b at zero."""
+    """logits = scale * (W embed(x) + b) on the frozen backbone; W starts at the prototypes and b at zero."""
 
     def __init__(self, model, images, labels, scale=10.0):
         super().__init__(model, images, labels, scale)

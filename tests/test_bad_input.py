@@ -3,6 +3,8 @@
 import errno
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -212,7 +214,25 @@ def test_full_disk_is_no_users_mistake_but_gets_a_message(capsys):
 
     with pytest.raises(SystemExit) as stop:
         run(main, lambda: None)
-    assert stop.value.code == 1 and "no space left on disk for out/0.png" in capsys.readouterr().err
+    assert stop.value.code == 1 and "out/0.png: No space left on device. Free some" in capsys.readouterr().err
+
+
+def test_weights_that_cannot_be_written(run_dir, tmp_path):
+    """safetensors, not Python, meets the limit: 100 kB a file, where the student has 500."""
+    command = [sys.executable, "distill.py", "--support_dir", run_dir / "support", "--supports_only",
+               "--max_train_steps", 1, "--output_dir", tmp_path]  # fmt: skip
+    limited = ["bash", "-c", 'ulimit -f 100; exec "$@"', "_", *map(str, command)]
+    result = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert f"error: {tmp_path}: File too large. Free some space" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "option", ["--min_crop 0", "--min_crop 2", "--mixup -1", "--cutmix nan", "--temperature 0", "--color_jitter -1"]
+)
+def test_numbers_out_of_range(option, folder):
+    err = rejected("distill.py", "--support_dir", folder / "support", "--supports_only", *option.split())
+    assert f"argument {option.split()[0]}: " in err
 
 
 def test_tracker_that_is_unknown(folder):

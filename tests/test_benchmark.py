@@ -227,6 +227,19 @@ def test_other_weights_at_the_same_path_make_students_anew_and_nothing_else(tmp_
         assert changed == ({"distill"} if method != "teacher" else set())
 
 
+def test_what_a_teacher_is_trained_on_counts_and_so_does_it_for_what_it_mines():
+    def arm(text, distill=""):
+        return episodes.parse_arm(text, evaluate.parse_args(["--dataset", "icons_fs", "--distill", distill]))
+
+    tuned = "teacher --distill.teacher_specialization fine_tune"
+    assert arm(tuned).key != arm(tuned, "--flip_probability 0").key
+    assert arm(tuned).key == arm(tuned, "--mixup 1 --max_train_steps 7").key
+    mined = {episodes.images_folder(arm("mined", o), evaluate.parse_args([])) for o in ("", "--teacher_image_size 32")}
+    assert len(mined) == 2
+    real = {episodes.images_folder(arm("real", o), evaluate.parse_args([])) for o in ("", "--teacher_image_size 32")}
+    assert len(real) == 1
+
+
 def test_bad_methods_are_refused(tmp_path, capsys):
     def refused(method, *options):
         argv = [*map(str, EPISODES[1:]), "--output_dir", str(tmp_path), "--methods", method, *options]

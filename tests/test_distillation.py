@@ -12,6 +12,7 @@ import scipy.special
 import scipy.stats
 import timm
 import torch
+import torchvision
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -269,6 +270,28 @@ def test_resnet12_has_the_parameters_of_the_literature():
         assert model(torch.zeros(2, 3, size, size)).shape == (2, 5)
 
 
+@pytest.mark.parametrize("side, size", [(10, 5), (5, 5), (4, 2), (2, 2)])  # ResNet-12's maps of 84 and of 32 pixels
+def test_dropblock_drops_whole_blocks_and_keeps_the_mean(side, size):
+    """How often each position is zero, against the chance that no block of those that would cover it is dropped;
+    torchvision agrees where it can (it knows odd sizes only)."""
+    torch.manual_seed(0)
+    block, rate, x = models.DropBlock(0.1, 5), 0.1, torch.ones(4000, 3, side, side)
+    dropped = block(x)
+    places = side - size + 1
+    gamma = rate / size**2 * (side / places) ** 2
+    covering = np.array([min(i, size - 1, places - 1, side - 1 - i) + 1 for i in range(side)])
+    expected = 1 - (1 - gamma) ** np.outer(covering, covering)
+    np.testing.assert_allclose((dropped == 0).float().mean((0, 1)), expected, atol=0.015)
+    assert dropped.mean().item() == pytest.approx(1, abs=1e-4)
+    zero = (dropped == 0).flatten(2)
+    assert not torch.equal(zero[:, 0], zero[:, 1])  # each channel by itself
+    assert zero.sum(-1)[zero.any(-1)].min() >= size**2
+    if size % 2:
+        theirs = torchvision.ops.drop_block2d(x, rate, size)
+        np.testing.assert_allclose((theirs == 0).float().mean((0, 1)), expected, atol=0.015)
+    assert torch.equal(block.eval()(x), x)
+
+
 @pytest.mark.parametrize("name", ["resnet12", "mobilenetv4_conv_small", "repvgg_a0", "tinynet_e"])
 def test_students_of_all_kinds_learn_are_saved_and_load(name, run_dir, tmp_path):
     distill.main(options(
@@ -281,6 +304,41 @@ def test_students_of_all_kinds_learn_are_saved_and_load(name, run_dir, tmp_path)
     with torch.no_grad():
         logits = loaded(models.normalize(loaded, images))
     assert models.input_size(loaded) == (32, 32) and logits.shape == (len(images), 2) and logits.isfinite().all()
+
+
+def test_feature_matching_runs_the_head_once():
+    """MobileNetV4's head normalises: its statistics are those of one pass."""
+    student = models.load_model("mobilenetv4_conv_small", pretrained=False, image_size=32, num_classes=3)
+    learner = distill.Learner(student, teacher_width=7).train()
+    logits, projected = learner(torch.rand(4, 3, 32, 32))
+    assert logits.shape == (4, 3) and projected.shape == (4, 7)
+    counts = {m.num_batches_tracked.item() for m in student.modules() if isinstance(m, torch.nn.BatchNorm2d)}
+    assert counts == {1}
+
+
+def test_a_trained_conv4_takes_another_input_size(run_dir, tmp_path):
+    distill.main(options("--support_dir", run_dir / "support", "--supports_only", "--max_train_steps", 1,
+                         "--train_batch_size", 4, "--student_image_size", 64, "--output_dir", tmp_path))  # fmt: skip
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert loaded.num_features == 64 * 16 and models.input_size(loaded) == (64, 64)
+    assert loaded(torch.zeros(1, 3, 64, 64)).shape == (1, 2)
+
+
+def test_a_checkpoint_of_a_transformer_of_another_size_is_resampled(tmp_path):
+    torch.manual_seed(0)
+    made = timm.create_model("test_vit", img_size=160)
+    save_file(made.state_dict(), tmp_path / "vit.safetensors")
+    loaded = models.load_model("test_vit", image_size=96, checkpoint=str(tmp_path / "vit.safetensors"))
+    made.set_input_size(img_size=(96, 96))
+    x = torch.rand(2, 3, 96, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(*(m.eval().forward_features(x) for m in (loaded, made)))
+
+
+def test_pickled_weights_of_a_backbone_are_refused(tmp_path):
+    torch.save(timm.create_model("conv4_64").state_dict(), tmp_path / "weights.bin")
+    with pytest.raises(UserError, match="its weights are a pickle file"):
+        models.load_model("conv4_64", pretrained_cfg_overlay={"file": str(tmp_path / "weights.bin")})
 
 
 @pytest.mark.parametrize("name", ["conv4_64", "resnet12", "repvgg_a0"])
@@ -430,5 +488,9 @@ def test_a_backbone_meta_trained_on_ones_own_base_classes_is_a_teacher(run_dir, 
     assert facts["reached"]["novel, 5-way 5-shot"]["mean"] > 60  # of 20 by chance
     assert facts["curve"][-1]["loss"] < 0.8 * facts["curve"][0]["loss"]
     assert models.class_names(tmp_path / "teacher") == sorted(splits["base"])
+    _, err = launch("-m", "assets.train_classifiers", "--model", "student", "--dataset", tmp_path / "data",
+                    "--architecture", "conv4_64", "--image_size", 16, "--output_dir", tmp_path / "teacher",
+                    code=2)  # fmt: skip
+    assert "learning_rate: 0.02 then, 0.002 now" in err
     launch("distill.py", "--support_dir", run_dir / "support", "--supports_only", "--teacher", tmp_path / "teacher",
            "--max_train_steps", 2, "--train_batch_size", 4, "--output_dir", tmp_path / "student")  # fmt: skip

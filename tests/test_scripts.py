@@ -370,6 +370,18 @@ def test_other_images_are_not_taken_for_the_same_work(run_dir, tmp_path):
     out, _ = launch("distill.py", *distil)
     assert "already there" in out  # moved, but the same
     some = sorted((tmp_path / "support").glob("*/*.png"))[0]
+    other = tmp_path / "support" / classes_of(run_dir)[1] / "moved.png"
+    some.rename(other)
+    _, err = launch("distill.py", *distil, code=2)
+    assert "support_images" in err  # the same images of other classes
+    other.rename(some)
+    shutil.copytree("assets/teacher", tmp_path / "teacher")
+    weights = load_file(tmp_path / "teacher" / "model.safetensors")
+    _, err = launch("distill.py", *distil, "--teacher", tmp_path / "teacher", code=2)
+    assert "teacher: assets/teacher then" in err and "teacher_weights" not in err
+    save_file({k: v + 1 for k, v in weights.items()}, tmp_path / "other.safetensors")
+    _, err = launch("distill.py", *distil, "--teacher_checkpoint", tmp_path / "other.safetensors", code=2)
+    assert "teacher_weights" in err
     Image.new("RGB", (32, 32), "red").save(some)
     _, err = launch("distill.py", *distil, code=2)
     assert "support_images" in err
