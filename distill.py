@@ -25,12 +25,11 @@ from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
 from common import models
-from common.checkpoint import load_checkpoint, load_facts, save_checkpoint
+from common.checkpoint import load_checkpoint, save_checkpoint
 from common.cli import (
     UserError,
     argument_parser,
     check_settings,
-    compare_settings,
     fingerprint,
     generator,
     natural_int,
@@ -269,9 +268,7 @@ def train(student, teacher, views, args, accelerator, settings):
     average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay), use_buffers=True)
     optimizer = torch.optim.AdamW(learner.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
     state = {"learner": learner, "average": average, "optimizer": optimizer}
-    facts = load_facts(checkpoint)
-    compare_settings(checkpoint, facts.get("settings", settings), settings)
-    load_checkpoint(checkpoint, **state)
+    facts = load_checkpoint(checkpoint, settings, **state)
     first_step, recent, losses = facts.get("step", 0), facts.get("recent", []), facts.get("losses", [])
     accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
     model, prepared = accelerator.prepare(learner, optimizer)

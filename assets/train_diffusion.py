@@ -27,7 +27,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from assets.colours import BACKGROUNDS, FOREGROUNDS
 from assets.training import Checkpoint, Drawings, moving_average, rng_of_step, use_threads
-from common.cli import digest, run, whole_file, write_json
+from common.cli import digest, fingerprint, run, whole_file, write_json
 
 MAX_TOKENS = 16
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}  # Stable Diffusion's
@@ -86,10 +86,8 @@ def build(tokenizer, channels, layers):
 
 
 @torch.no_grad()
-def encode(vae, drawings, copies, folder, seed):
+def encode(vae, drawings, copies, path, seed):
     """Latents of `copies` paintings of each drawing, float16 [N, copies, 4, 8, 8], and their facts; kept in a file."""
-    weights = [values.sum().item() for values in vae.state_dict().values()]
-    path = folder / f"latents-{digest(weights, drawings.classes, len(drawings), copies, seed)}.safetensors"
     if not path.is_file():
         rng = np.random.default_rng([seed, 1])
         painted = [
@@ -112,17 +110,18 @@ def main(args):
     torch.manual_seed(args.seed)
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
+    vae_dir = Path(args.initial_model, "vae") if args.initial_model else Path(args.vae)
+    vae = AutoencoderKL.from_pretrained(vae_dir, use_safetensors=True).eval().requires_grad_(False)
     drawings, held_out = Drawings(["base", "web"]), Drawings(["episode"], ["val"])
     if args.initial_model:
         start = StableDiffusionPipeline.from_pretrained(args.initial_model, safety_checker=None, use_safetensors=True)
-        vae, tokenizer, unet, text_encoder = start.vae, start.tokenizer, start.unet, start.text_encoder
+        tokenizer, unet, text_encoder = start.tokenizer, start.unet, start.text_encoder
     else:
-        vae = AutoencoderKL.from_pretrained(args.vae, use_safetensors=True)
         tokenizer = train_tokenizer(drawings.classes)
         unet, text_encoder = build(tokenizer, args.channels, args.layers)
-    vae = vae.eval().requires_grad_(False)
-    latents, facts = encode(vae, drawings, args.copies, output_dir, args.seed)
-    val_latents, val_facts = encode(vae, held_out, 1, output_dir, args.seed)
+    key = digest(fingerprint(vae_dir.glob("*.safetensors")), args.copies, args.seed)  # what latents depend on
+    latents, facts = encode(vae, drawings, args.copies, output_dir / f"latents-{key}.safetensors", args.seed)
+    val_latents, val_facts = encode(vae, held_out, 1, output_dir / f"val-{key}.safetensors", args.seed)
     scheduler = DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     abar = scheduler.alphas_cumprod
     snr = abar / (1 - abar)

@@ -13,8 +13,8 @@ from PIL import Image, ImageOps
 
 import distill
 from assets.colours import draw_colours
-from common.checkpoint import load_checkpoint, load_facts, save_checkpoint
-from common.cli import compare_settings, settings_of
+from common.checkpoint import load_checkpoint, save_checkpoint
+from common.cli import settings_of
 from common.datasets import load_dataset
 from common.icons_fs import load_class, load_drawings, load_ink, load_splits
 from common.images import as_tensor
@@ -101,8 +101,7 @@ class Checkpoint:
         Raises:
             UserError: it was begun with other settings.
         """
-        compare_settings(self.path, load_facts(self.path).get("settings", self.settings), self.settings)
-        return load_checkpoint(self.path, **self.stateful)
+        return load_checkpoint(self.path, self.settings, **self.stateful)
 
 
 def save_plot(path, x_title, y_title, lines):

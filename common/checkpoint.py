@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from common.cli import UserError, whole_file
+from common.cli import UserError, compare_settings, whole_file
 
 
 def save_checkpoint(path, facts, **stateful):
@@ -42,11 +42,16 @@ def load_facts(path):
         raise UserError(f"{path} is damaged ({error}): delete it and start again.") from error
 
 
-def load_checkpoint(path, **stateful):
-    """Restores what `save_checkpoint` saved and returns its facts; does nothing and returns {} where there is none."""
+def load_checkpoint(path, settings, **stateful):
+    """Restores what `save_checkpoint` saved and returns its facts; does nothing and returns {} where there is none.
+
+    Raises:
+        UserError: the file is damaged, or its fact "settings", where it has it, is not `settings`.
+    """
     facts = load_facts(path)
     if not facts:
         return facts
+    compare_settings(path, facts.get("settings", settings), settings)
     with safe_open(path, "pt") as file:
         tensors = {k: file.get_tensor(k) for k in file.keys()}
     for name, owner in stateful.items():

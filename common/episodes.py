@@ -67,7 +67,7 @@ class Arm:
     method: str
     options: str
     arguments: dict  # {script: Namespace}
-    keys: dict  # {script: key}
+    keys: dict  # {script, or "images" that no script makes: key}
     key: str
 
 
@@ -102,8 +102,9 @@ def parse_arm(text, args):
         else:
             own[script].append(word)
     arguments = {script: SCRIPTS[script].parse_args(own[script]) for script in METHODS[method]}
-    weights = [method, *backbones(arguments["distill"], method), *image_source(args, method)]
-    keys, key = {}, ""
+    source = image_source(args, method, arguments["distill"])
+    weights = [method, *backbones(arguments["distill"], method), *source]
+    keys, key = {"images": digest(*source)} if source else {}, ""
     for script, chosen in arguments.items():
         if script == "generate" and chosen.filter_threshold is not None:
             chosen.teacher, chosen.teacher_image_size = args.teacher, args.teacher_image_size
@@ -127,20 +128,15 @@ def backbones(options, method):
         yield starts[part][0], models.weights_of(*starts[part])
 
 
-def image_source(args, method):
+def image_source(args, method, options):
     """What decides which other images an arm trains on, where no script makes them."""
-    return {"real": [args.num_real], "base": [args.num_unlabeled], "mined": [args.num_unlabeled, args.web_dir]}.get(
-        method, []
-    )
-
-
-def images_folder(arm, args):
-    """The folder, within an episode's, of the other images that an arm trains on."""
-    source, options = image_source(args, arm.method), arm.arguments["distill"]
-    if arm.method == "mined":  # by the teacher's features
-        weights = models.weights_of(options.teacher, options.teacher_checkpoint)
-        source = [*source, options.teacher, options.teacher_image_size, weights]
-    return f"{arm.method}-{digest(*source)}"
+    if method == "real":
+        return [args.num_real]
+    if method == "base":
+        return [args.num_unlabeled]
+    if method == "mined":  # by the teacher's features
+        return [args.num_unlabeled, args.web_dir, options.teacher_image_size, *backbones(options, "teacher")]
+    return []
 
 
 @contextmanager
@@ -195,7 +191,7 @@ def specialise(arm, folder, seed, supports, dataset, args, device):
         inputs["train_dir"] = str(images)
     elif arm.method != "supports":
         option = "train_dir" if arm.method == "real" else "unlabeled_dir"
-        images = folder / images_folder(arm, args)
+        images = folder / f"{arm.method}-{arm.keys['images']}"
         if not images.is_dir():
             datasets.write_images(*other_images(arm.method, folder, seed, supports, dataset, options, args), images)
         inputs[option] = str(images)

@@ -234,9 +234,9 @@ def test_what_a_teacher_is_trained_on_counts_and_so_does_it_for_what_it_mines():
     tuned = "teacher --distill.teacher_specialization fine_tune"
     assert arm(tuned).key != arm(tuned, "--flip_probability 0").key
     assert arm(tuned).key == arm(tuned, "--mixup 1 --max_train_steps 7").key
-    mined = {episodes.images_folder(arm("mined", o), evaluate.parse_args([])) for o in ("", "--teacher_image_size 32")}
+    mined = {arm("mined", options).keys["images"] for options in ("", "--teacher_image_size 32")}
     assert len(mined) == 2
-    real = {episodes.images_folder(arm("real", o), evaluate.parse_args([])) for o in ("", "--teacher_image_size 32")}
+    real = {arm("real", options).keys["images"] for options in ("", "--teacher_image_size 32")}
     assert len(real) == 1
 
 

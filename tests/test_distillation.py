@@ -366,6 +366,9 @@ def test_a_checkpoint_starts_from_the_same_weights_as_a_folder(run_dir, tmp_path
     for name in ("other", "broken", "missing"):
         with pytest.raises(UserError, match=f"{name}.safetensors cannot be read as safetensors weights of conv4_64"):
             models.load_model("conv4_64", False, checkpoint=str(tmp_path / f"{name}.safetensors"))
+    save_file(timm.create_model("test_resnet").state_dict(), tmp_path / "resnet.safetensors")
+    with pytest.raises(UserError, match=r"resnet\.safetensors cannot be read as safetensors weights of test_convnext"):
+        models.load_model("test_convnext", False, checkpoint=str(tmp_path / "resnet.safetensors"))
 
 
 # ---------------------------------------------------------------------------------------------------------- training
@@ -450,11 +453,11 @@ def test_a_checkpoint_keeps_everything_and_a_damaged_one_is_named(tmp_path):
     save_checkpoint(tmp_path / "c.safetensors", {"step": 3, "losses": [[1, 0.1]]}, model=model, optimizer=optimizer)
     other = torch.nn.Linear(3, 2)
     fresh = torch.optim.AdamW(other.parameters())
-    facts = load_checkpoint(tmp_path / "c.safetensors", model=other, optimizer=fresh)
+    facts = load_checkpoint(tmp_path / "c.safetensors", {}, model=other, optimizer=fresh)
     assert facts == {"step": 3, "losses": [[1, 0.1]]} and torch.equal(other.weight, model.weight)
     for a, b in zip(optimizer.state_dict()["state"].values(), fresh.state_dict()["state"].values()):
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    assert load_checkpoint(tmp_path / "none.safetensors", model=other) == {}
+    assert load_checkpoint(tmp_path / "none.safetensors", {}, model=other) == {}
     (tmp_path / "c.safetensors").write_bytes((tmp_path / "c.safetensors").read_bytes()[:50])
     with pytest.raises(UserError, match="is damaged"):
         load_facts(tmp_path / "c.safetensors")
