@@ -15,7 +15,8 @@ import sys
 import time
 from pathlib import Path
 
-from common.cli import HelpFormatter, check_settings, natural_int, read_json, run, write_json
+from common.cli import HelpFormatter, natural_int, run
+from common.records import check_settings, read_json, write_json
 
 LAUNCH = "-m accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
 STAGES = [

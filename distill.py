@@ -29,22 +29,17 @@ from common.checkpoint import load_checkpoint, save_checkpoint
 from common.cli import (
     UserError,
     argument_parser,
-    check_settings,
-    fingerprint,
-    generator,
     natural_int,
     non_negative,
     positive,
     positive_int,
     positive_share,
     run,
-    settings_of,
     share,
-    start,
-    whole_file,
-    write_json,
 )
 from common.images import as_tensor, find_images, list_images, open_image
+from common.processes import generator, start
+from common.records import check_settings, fingerprint, settings_of, whole_file, write_json
 from common.shards import list_samples, open_samples
 from common.teachers import SPECIALISATIONS, specialise
 

@@ -29,18 +29,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from common import datasets, episodes, models, statistics
-from common.cli import (
-    UserError,
-    argument_parser,
-    positive_int,
-    provenance,
-    read_json,
-    run,
-    start,
-    write_json,
-)
+from common.cli import UserError, argument_parser, positive_int, run
 from common.images import as_tensor, list_images, load_folder, load_image
 from common.onnx_model import OnnxClassifier
+from common.processes import start
+from common.records import provenance, read_json, write_json
 from common.report import data_uri, generated_table, percent, with_interval, write_report
 from common.shards import open_samples
 from common.tensorrt_engine import EngineClassifier

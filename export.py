@@ -24,7 +24,7 @@ from torch import nn
 
 from common import models
 from common.aot_package import PackageClassifier, build_package
-from common.cli import UserError, argument_parser, positive_int, provenance, run, start, whole_file, write_json
+from common.cli import UserError, argument_parser, positive_int, run
 from common.images import as_tensor, load_folder
 from common.latency import latency
 from common.onnx_model import (
@@ -35,6 +35,8 @@ from common.onnx_model import (
     import_openvino,
     log_probabilities,
 )
+from common.processes import start
+from common.records import provenance, whole_file, write_json
 from common.report import fidelity_table, latency_table, points, write_report
 from common.shards import open_samples
 from common.statistics import accuracy, paired_difference

@@ -17,25 +17,20 @@ from torchvision.transforms.v2 import functional as TF
 from tqdm.auto import tqdm
 
 from common import diffusion
-from common.cli import (
-    UserError,
-    argument_parser,
+from common.cli import UserError, argument_parser, positive_int, run
+from common.images import as_picture, as_tensor, encode_image, load_image, save_grid
+from common.models import PrototypeClassifier, input_size, load_model
+from common.processes import generator, peak_memory, start
+from common.records import (
     check_settings,
     digest,
     fingerprint,
-    generator,
-    peak_memory,
-    positive_int,
     read_json_lines,
-    run,
     settings_of,
-    start,
     whole_file,
     write_json,
     write_json_lines,
 )
-from common.images import as_picture, as_tensor, encode_image, load_image, save_grid
-from common.models import PrototypeClassifier, input_size, load_model
 from common.shards import open_samples, write_shard
 
 ROWS = ".rows"  # metadata of the chunks that an unfinished run has made

@@ -22,26 +22,11 @@ from torchvision.transforms.v2 import functional as TF
 from tqdm.auto import tqdm
 
 from common import diffusion
-from common.cli import (
-    UserError,
-    argument_parser,
-    check_settings,
-    digest,
-    fingerprint,
-    generator,
-    natural_int,
-    non_negative,
-    parse_with_model_defaults,
-    positive,
-    positive_int,
-    run,
-    settings_of,
-    share,
-    start,
-    whole_file,
-    write_json,
-)
+from common.cli import UserError, argument_parser, natural_int, non_negative, positive, positive_int, run, share
+from common.diffusion import parse_with_model_defaults
 from common.images import list_images, load_image, open_image, save_grid
+from common.processes import generator, start
+from common.records import check_settings, digest, fingerprint, settings_of, whole_file, write_json
 
 REFERENCE = {  # the paper's settings
     "max_train_steps": 5000, "train_batch_size": 1, "learning_rate": 1e-3, "lr_scheduler": "constant", "patience": 0,

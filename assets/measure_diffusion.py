@@ -17,8 +17,8 @@ from diffusers import StableDiffusionPipeline
 from assets.train_diffusion import article
 from assets.training import Drawings, use_threads
 from common import models
-from common.cli import write_json
 from common.images import save_grid
+from common.records import write_json
 from common.statistics import wilson_interval
 
 

@@ -15,8 +15,9 @@ import torch
 import tint_invert
 from assets.training import save_plot
 from common import datasets, diffusion
-from common.cli import generator, read_json, write_json
 from common.images import load_folder
+from common.processes import generator
+from common.records import read_json, write_json
 
 
 @torch.no_grad()

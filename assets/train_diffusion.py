@@ -27,7 +27,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from assets.colours import BACKGROUNDS, FOREGROUNDS
 from assets.training import Checkpoint, Drawings, moving_average, rng_of_step, use_threads
-from common.cli import digest, fingerprint, run, whole_file, write_json
+from common.cli import run
+from common.records import digest, fingerprint, whole_file, write_json
 
 MAX_TOKENS = 16
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}  # Stable Diffusion's

@@ -19,7 +19,8 @@ from diffusers import AutoencoderKL
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from assets.training import Checkpoint, Drawings, rng_of_step, use_threads
-from common.cli import run, write_json
+from common.cli import run
+from common.records import write_json
 
 
 def build():

@@ -14,10 +14,10 @@ from PIL import Image, ImageOps
 import distill
 from assets.colours import draw_colours
 from common.checkpoint import load_checkpoint, save_checkpoint
-from common.cli import settings_of
 from common.datasets import load_dataset
 from common.icons_fs import load_class, load_drawings, load_ink, load_splits
 from common.images import as_tensor
+from common.records import settings_of
 
 
 class Drawings:

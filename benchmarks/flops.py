@@ -24,7 +24,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 import tint_generate
 import tint_invert
 from common import datasets, diffusion
-from common.cli import read_json
+from common.records import read_json
 
 SHOTS = 5
 DEFAULTS = "no such model has settings of its own"  # so that the script's defaults hold

@@ -19,7 +19,7 @@ import torch
 import tint_invert
 from benchmarks import flops
 from common import datasets
-from common.cli import write_json
+from common.records import write_json
 
 SETTINGS = {  # options of tint_invert.py
     "paper": "--preset reference",

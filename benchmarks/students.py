@@ -13,7 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common.cli import HelpFormatter, positive_int, read_json
+from common.cli import HelpFormatter, positive_int
+from common.records import read_json
 from common.report import points, with_interval
 
 ROOT = Path(__file__).parent.parent

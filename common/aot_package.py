@@ -12,9 +12,10 @@ import torch
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
 
-from common.cli import UserError, whole_file
+from common.cli import UserError
 from common.models import input_size
 from common.onnx_model import ExportedClassifier
+from common.records import whole_file
 
 
 def build_package(module, classes, batch_size, device, path, max_batch_size=256):

@@ -7,7 +7,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from common.cli import UserError, compare_settings, whole_file
+from common.cli import UserError
+from common.records import compare_settings, whole_file
 
 
 def save_checkpoint(path, facts, **stateful):

@@ -24,8 +24,9 @@ import numpy as np
 from PIL import Image
 
 from common import icons_fs
-from common.cli import UserError, argument_parser, natural_int, positive_int, read_json, run
+from common.cli import UserError, argument_parser, natural_int, positive_int, run
 from common.images import find_images, list_images, open_image
+from common.records import read_json
 
 SPLITS = Path(__file__).parent.parent / "assets" / "splits"
 MISSING = {

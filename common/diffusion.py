@@ -4,6 +4,7 @@ Symbols are those of the papers: latents `z_t`, cumulative alpha `abar_t`, predi
 Latents are float32 [B, C, h, w] whatever the precision of the UNet.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from common.cli import UserError
+from common.records import read_json
 
 for logging in (diffusers_logging, transformers_logging):
     logging.disable_progress_bar()
@@ -175,3 +177,20 @@ def denoise(unet, schedule, z, prompt_embeds, null_embeds, guidance_scale, guide
         eps = guide(eps_uncond, eps_cond, w[on])
         z[on] = ddim_step(z[on], eps, schedule.abar[i], schedule.abar[i + 1])
     return z
+
+
+def parse_with_model_defaults(parser, script, argv=None, presets=None):
+    """Parses the command line, with a model's own defaults between those of the script and what the user says.
+
+    Best settings differ from model to model. A local model folder may hold `tint.json`, {script: {option: value}};
+    its values replace the script's defaults, which are those of Stable Diffusion. A preset, {option: value} by the
+    name of --preset, replaces both.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    model = parser.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0]
+    defaults = Path(model.pretrained_model_name_or_path) / "tint.json"
+    if defaults.is_file():
+        parser.set_defaults(**read_json(defaults).get(script, {}))
+    if presets:
+        parser.set_defaults(**presets.get(model.preset, {}))
+    return parser.parse_args(argv)

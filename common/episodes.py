@@ -22,17 +22,10 @@ import distill
 import tint_generate
 import tint_invert
 from common import datasets, models, statistics
-from common.cli import (
-    UserError,
-    check_settings,
-    digest,
-    provenance,
-    read_json,
-    settings_of,
-    start,
-    write_json,
-)
+from common.cli import UserError
 from common.images import as_tensor
+from common.processes import start
+from common.records import check_settings, digest, provenance, read_json, settings_of, write_json
 from common.report import data_uri, with_interval, write_report
 from common.shards import open_samples
 

@@ -9,7 +9,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import make_grid
 
-from common.cli import UserError, whole_file
+from common.cli import UserError
+from common.records import whole_file
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp"}
 

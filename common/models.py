@@ -23,7 +23,8 @@ from timm.models._input import update_model_input_size
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.cli import UserError, fingerprint
+from common.cli import UserError
+from common.records import fingerprint
 
 
 class FlatHead(nn.Module):

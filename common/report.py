@@ -10,8 +10,8 @@ import math
 
 import torch
 
-from common.cli import whole_file
 from common.images import as_picture
+from common.records import whole_file
 
 STYLE = """
 :root { --ink: #1a1a1a; --soft: #5a6270; --line: #d8dce2; --page: #fff; --mark: #1f5fa8; --band: #9fc0e6 }

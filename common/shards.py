@@ -5,8 +5,9 @@ import json
 import tarfile
 from pathlib import Path
 
-from common.cli import UserError, read_json_lines, whole_file
+from common.cli import UserError
 from common.images import list_images, open_image
+from common.records import read_json_lines, whole_file
 
 
 def load_webdataset():

@@ -10,8 +10,9 @@ from pathlib import Path
 import onnx
 import torch
 
-from common.cli import UserError, read_json, whole_file, write_json
+from common.cli import UserError
 from common.onnx_model import ExportedClassifier
+from common.records import read_json, whole_file, write_json
 
 
 def import_tensorrt(ready):

@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 import distill
 from common import datasets, models, teachers
 from common.checkpoint import load_checkpoint, load_facts, save_checkpoint
-from common.cli import UserError, generator
+from common.cli import UserError
 from common.images import load_folder
+from common.processes import generator
 from tests.conftest import TWO_PROCESSES, killed_when, launch
 
 

@@ -15,8 +15,9 @@ import tint_generate
 import tint_invert
 from benchmarks import flops
 from common import diffusion, models, statistics
-from common.cli import UserError, generator
+from common.cli import UserError
 from common.images import load_image
+from common.processes import generator
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 

@@ -1,0 +1,58 @@
+"""Processes and seeds: the Accelerator of a script, its memory, and random numbers that depend on their keys alone."""
+
+import hashlib
+import os
+import resource
+import sys
+
+import torch
+from accelerate import Accelerator
+
+from common.cli import UserError
+
+
+def start(args):
+    """The Accelerator of a script, with its trackers started.
+
+    Without a GPU, Accelerate must be told to use the CPU, or several processes would each do all the work. And
+    `accelerate launch` then exports OMP_NUM_THREADS=1 where nobody has set it, which would leave one process all cores
+    but one idle: the cores of this machine are shared out among its processes instead.
+    """
+    try:
+        accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision=args.mixed_precision,
+            log_with=args.report_to,
+            project_dir=args.output_dir,
+        )
+    except ValueError as error:
+        raise UserError(f"--mixed_precision or --report_to cannot be had here: {error}") from error
+    if args.report_to and not accelerator.log_with:
+        raise UserError(f"--report_to {args.report_to}: that tracker is not installed (pip install {args.report_to}).")
+    launched_with_default = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+    if accelerator.device.type == "cpu" and launched_with_default:
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, cores // processes))
+    torch.manual_seed(args.seed)
+    if args.report_to:
+        plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in vars(args).items()}
+        accelerator.init_trackers("tint", config=plain)
+    return accelerator
+
+
+def peak_memory(device):
+    """The most memory, in bytes, that this process has held: on the accelerator, or of the machine's on the CPU."""
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def generator(*keys):
+    """A CPU random generator that depends on nothing but its keys, as (seed, class name, image index).
+
+    Drawing on the CPU gives the same numbers whatever the device, the batch size and the number of processes.
+    """
+    digest = hashlib.sha256("/".join(map(str, keys)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
