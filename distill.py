@@ -11,7 +11,6 @@ It may be killed at any moment: started again, it goes on from its last checkpoi
 
 import itertools
 import math
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -38,23 +37,15 @@ from common.cli import (
     share,
 )
 from common.images import as_tensor, find_images, list_images, open_image
-from common.processes import generator, start
+from common.processes import generator, seeded, start
 from common.records import check_settings, fingerprint, settings_of, whole_file, write_json
 from common.shards import list_samples, open_samples
-from common.teachers import SPECIALISATIONS, specialise
+from common.teachers import SPECIALISATIONS, augmentation, load_teacher
 
 TRAIN_DIR = "outputs/demo/generated"
 UNKNOWN = -1  # the label of an image that nobody has labelled
 DIVERGED = 10  # times the loss of a student that knows nothing
 OUTSIDE = ("checkpointing_steps", "dataloader_num_workers", "support_dir", "train_dir", "unlabeled_dir")
-
-
-@contextmanager
-def seeded(rng):
-    """Inside, the global generator, from which torchvision's transforms draw, starts in the state of `rng`."""
-    with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.set_state(rng.get_state())
-        yield
 
 
 class Views(Dataset):
@@ -78,20 +69,6 @@ class Views(Dataset):
         image, label = pool[torch.randint(len(pool), (), generator=rng)]
         with seeded(rng):
             return self.augment(image), (torch.arange(self.num_classes) == label).float()
-
-
-def augmentation(size, args):
-    """What makes a view [3, size, size] in [0, 1] of a PIL image: colours, random resized crop, mirroring."""
-    jitter = args.color_jitter
-    return v2.Compose(
-        [
-            v2.ColorJitter(jitter, jitter, jitter, min(0.5, jitter / 4)),
-            v2.RandomResizedCrop(size, scale=(args.min_crop, 1.0), antialias=True),
-            v2.RandomHorizontalFlip(args.flip_probability),
-            v2.ToImage(),
-            v2.ToDtype(torch.float32, scale=True),
-        ]
-    )
 
 
 def mixing(args):
@@ -175,41 +152,6 @@ class Learner(nn.Module):
             return self.student.forward_head(maps), None
         f = self.student.forward_head(maps, pre_logits=True)
         return self.student.get_classifier()(f), self.projection(f)
-
-
-def load_student(args, num_classes):
-    """The student before training, with a new head for `num_classes` classes, and whether it has been trained before.
-
-    It has weights from a folder, the hub or --student_checkpoint, and by plain timm name random ones.
-    """
-    torch.manual_seed(args.seed)
-    pretrained = Path(args.student).is_dir() or args.student.startswith("hf-hub:")
-    size, checkpoint = args.student_image_size, args.student_checkpoint
-    student = models.load_model(args.student, pretrained, size, checkpoint)
-    student.reset_classifier(num_classes)
-    return student, pretrained or bool(checkpoint)
-
-
-def load_teacher(args, pictures, labels, device):
-    """The teacher, specialised on the supports: see `common.teachers.specialise`.
-
-    Args:
-        pictures: the supports as PIL images. labels: their classes [S].
-    """
-    model = models.load_model(args.teacher, True, args.teacher_image_size, args.teacher_checkpoint).to(device)
-    size = models.input_size(model)[0]
-    augment = augmentation(size, args)
-
-    def views(number):
-        found = []
-        for i, picture in enumerate(pictures):
-            with seeded(generator(args.seed, "teacher", number, i)):
-                found.append(augment(picture))
-        return torch.stack(found).to(device)
-
-    supports = torch.stack([as_tensor(picture, size) for picture in pictures]).to(device)
-    model = model.to(memory_format=models.memory_format(model))
-    return specialise(model, supports, labels, args.teacher_specialization, args.teacher_scale, views)
 
 
 def list_others(args):
@@ -370,7 +312,7 @@ def main(args):
     labels = torch.tensor([label for label, group in enumerate(by_class.values()) for _ in group])
     pictures = [open_image(path) for path in paths]
     teacher = load_teacher(args, pictures, labels, accelerator.device)
-    student, is_trained = load_student(args, len(classes))
+    student, is_trained = models.load_student(args, len(classes))
     if is_trained:
         supports = torch.stack([as_tensor(picture, models.input_size(student)[0]) for picture in pictures])
         imprint(student, supports, labels, args.teacher_scale)

@@ -17,7 +17,9 @@ from common.checkpoint import load_checkpoint, save_checkpoint
 from common.datasets import load_dataset
 from common.icons_fs import load_class, load_drawings, load_ink, load_splits
 from common.images import as_tensor
+from common.processes import seeded
 from common.records import settings_of
+from common.teachers import augmentation
 
 
 class Drawings:
@@ -63,14 +65,14 @@ class Pictures:
             ImageOps.fit(data.open(c, r), (size, size), Image.Resampling.BICUBIC) for _, c, r in references
         ]
         self.labels = torch.tensor([label for label, _, _ in references])
-        self.augment = distill.augmentation(size, distill.parse_args([]))
+        self.augment = augmentation(size, distill.parse_args([]))
 
     @property
     def images(self):
         return torch.stack([as_tensor(picture) for picture in self.pictures])
 
     def view(self, i, rng):
-        with distill.seeded(torch.Generator().manual_seed(int(rng.integers(2**62)))):
+        with seeded(torch.Generator().manual_seed(int(rng.integers(2**62)))):
             return self.augment(self.pictures[i])
 
 

@@ -28,6 +28,7 @@ from common.processes import start
 from common.records import check_settings, digest, provenance, read_json, settings_of, write_json
 from common.report import data_uri, with_interval, write_report
 from common.shards import open_samples
+from common.teachers import load_teacher
 
 SCRIPTS = {"invert": tint_invert, "generate": tint_generate, "distill": distill}
 METHODS = {  # the scripts that each method runs, or whose options it takes
@@ -170,9 +171,9 @@ def specialise(arm, folder, seed, supports, dataset, args, device):
         pictures = [dataset.open(name, reference) for name, drawn in supports.items() for reference in drawn]
         labels = torch.arange(args.num_ways).repeat_interleave(args.num_shots)
         if arm.method == "teacher":
-            classifier = distill.load_teacher(options, pictures, labels, device)
+            classifier = load_teacher(options, pictures, labels, device)
             return classifier, models.input_size(classifier)[0], {"teacher": time.perf_counter() - before}
-        student, _ = distill.load_student(options, args.num_ways)
+        student, _ = models.load_student(options, args.num_ways)
         size = models.input_size(student)[0]
         images = torch.stack([as_tensor(picture, size) for picture in pictures]).to(device)
         classifier = models.PrototypeClassifier(student.to(device), images, labels)

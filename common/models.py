@@ -262,6 +262,19 @@ def load_model(name_or_path, pretrained=True, image_size=None, checkpoint=None, 
     return model
 
 
+def load_student(args, num_classes):
+    """The student before training, with a new head for `num_classes` classes, and whether it has been trained before.
+
+    It has weights from a folder, the hub or --student_checkpoint, and by plain timm name random ones.
+    """
+    torch.manual_seed(args.seed)
+    pretrained = Path(args.student).is_dir() or args.student.startswith("hf-hub:")
+    size, checkpoint = args.student_image_size, args.student_checkpoint
+    student = load_model(args.student, pretrained, size, checkpoint)
+    student.reset_classifier(num_classes)
+    return student, pretrained or bool(checkpoint)
+
+
 def load_weights(model, path):
     """Replaces a timm model's weights, but for its classifier's, by those of a safetensors file. Position embeddings of
     another input size are resampled, by timm's own filter of the architecture's checkpoints."""

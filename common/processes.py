@@ -4,6 +4,7 @@ import hashlib
 import os
 import resource
 import sys
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
@@ -56,3 +57,11 @@ def generator(*keys):
     """
     digest = hashlib.sha256("/".join(map(str, keys)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+@contextmanager
+def seeded(rng):
+    """Inside, the global generator, from which torchvision's transforms draw, starts in the state of `rng`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.set_state(rng.get_state())
+        yield

@@ -9,8 +9,11 @@ import copy
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.transforms import v2
 
-from common.models import PrototypeClassifier, cosine_prototypes, features
+from common.images import as_tensor
+from common.models import PrototypeClassifier, cosine_prototypes, features, input_size, load_model, memory_format
+from common.processes import generator, seeded
 
 SPECIALISATIONS = ("prototypes", "linear_probe", "fine_tune")
 LEARNING_RATES = {"linear_probe": (0, 1e-4, 1e-3, 1e-2), "fine_tune": (0, 1e-5, 1e-4, 1e-3)}
@@ -105,3 +108,39 @@ def specialise(model, supports, labels, kind, scale, augment, steps=50, held_out
     rates = LEARNING_RATES[kind] if kind in LEARNING_RATES and can_hold_out else (0,)
     rate = min(rates, key=errors) if len(rates) > 1 else 0
     return trained(labels >= 0, rate).eval().requires_grad_(False)
+
+
+def augmentation(size, args):
+    """What makes a view [3, size, size] in [0, 1] of a PIL image: colours, random resized crop, mirroring."""
+    jitter = args.color_jitter
+    return v2.Compose(
+        [
+            v2.ColorJitter(jitter, jitter, jitter, min(0.5, jitter / 4)),
+            v2.RandomResizedCrop(size, scale=(args.min_crop, 1.0), antialias=True),
+            v2.RandomHorizontalFlip(args.flip_probability),
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+        ]
+    )
+
+
+def load_teacher(args, pictures, labels, device):
+    """The teacher, specialised on the supports: see `specialise`.
+
+    Args:
+        pictures: the supports as PIL images. labels: their classes [S].
+    """
+    model = load_model(args.teacher, True, args.teacher_image_size, args.teacher_checkpoint).to(device)
+    size = input_size(model)[0]
+    augment = augmentation(size, args)
+
+    def views(number):
+        found = []
+        for i, picture in enumerate(pictures):
+            with seeded(generator(args.seed, "teacher", number, i)):
+                found.append(augment(picture))
+        return torch.stack(found).to(device)
+
+    supports = torch.stack([as_tensor(picture, size) for picture in pictures]).to(device)
+    model = model.to(memory_format=memory_format(model))
+    return specialise(model, supports, labels, args.teacher_specialization, args.teacher_scale, views)

@@ -21,7 +21,8 @@ from common import datasets, models, teachers
 from common.checkpoint import load_checkpoint, load_facts, save_checkpoint
 from common.cli import UserError
 from common.images import load_folder
-from common.processes import generator
+from common.processes import generator, seeded
+from common.teachers import augmentation
 from tests.conftest import TWO_PROCESSES, killed_when, launch
 
 
@@ -69,7 +70,7 @@ def test_mixing_mixes_images_as_it_mixes_labels(kind):
     x = torch.arange(4.0)[:, None, None, None].expand(4, 3, 32, 32)
     weights = []
     for i in range(1500):
-        with distill.seeded(generator(i)):
+        with seeded(generator(i)):
             mixed, labels = mix(x, torch.eye(4))
         torch.testing.assert_close(mixed.mean((1, 2, 3)), labels @ torch.arange(4.0), rtol=0, atol=1e-5)
         weights.append(labels[0, 0].item())
@@ -85,7 +86,7 @@ def test_views_show_supports_in_their_share_with_the_labels_they_have():
         return Image.new("RGB", (8, 8), (grey, grey, grey))
 
     supports, others = [(plain(10), 0), (plain(20), 1)], [(plain(30), 2), (plain(40), distill.UNKNOWN)]
-    augment = distill.augmentation(8, options("--color_jitter", 0))
+    augment = augmentation(8, options("--color_jitter", 0))
     views = distill.Views(supports, others, 3, 0.3, augment, seed=0)
     found = [(round(x.mean().item() * 255), target.tolist()) for x, target in (views[i] for i in range(2000))]
     known = {10: [1, 0, 0], 20: [0, 1, 0], 30: [0, 0, 1], 40: [0, 0, 0]}
@@ -160,10 +161,10 @@ def episode():
     pictures = [dataset.open(name, i) for name in order for i in order[name][:34]]
     images = torch.stack([distill.as_tensor(picture, 64) for picture in pictures]).unflatten(0, (3, 34))
     supports, labels = images[:, :4].flatten(0, 1), torch.arange(3).repeat_interleave(4)
-    augment = distill.augmentation(64, options())
+    augment = augmentation(64, options())
 
     def views(number):
-        with distill.seeded(generator(number)):
+        with seeded(generator(number)):
             return torch.stack([augment(pictures[34 * c + i]) for c in range(3) for i in range(4)])
 
     return supports, labels, images[:, 4:].flatten(0, 1), torch.arange(3).repeat_interleave(30), views
