@@ -28,16 +28,20 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+import distill
+import tint_generate
+import tint_invert
 from common import datasets, episodes, models, planning, statistics
-from common.cli import UserError, argument_parser, positive_int, run
-from common.images import as_tensor, list_images, load_folder, load_image
+from common.cli import UserError, argument_parser, named_paths, positive_int, run
+from common.generated import evaluate_generated
+from common.images import list_images, load_folder, load_image
 from common.onnx_model import OnnxClassifier
 from common.processes import start
 from common.records import provenance, write_json
-from common.report import data_uri, generated_table, with_interval, write_report
-from common.shards import open_samples
+from common.report import data_uri, generated_table, points, with_interval, write_report
 from common.tensorrt_engine import EngineClassifier
 
+STAGES = {"invert": tint_invert, "generate": tint_generate, "distill": distill}  # that the arms of an episode run
 OPTIONS = ("model", "data_dir", "support_dir", "teacher_image_size", "batch_size", "seed")  # that count on a folder
 
 
@@ -147,146 +151,60 @@ def summarise(predictions, confidences, labels, classes, names, paths, num_worst
     }
 
 
-def named_paths(specs):
-    """{name: path} of a list of [NAME=]PATH; without a name the path is the name."""
-    paths = {}
-    for spec in specs:
-        name, separator, path = spec.partition("=")
-        named = separator and "/" not in name
-        paths[name if named else spec] = path if named else spec
-    if len(paths) < len(specs):
-        raise UserError(f"{' '.join(specs)}: two have the same name; say NAME=PATH.")
-    return paths
-
-
-def evaluate_folder(args):
-    """Accuracy of each --model on the images of --data_dir: results.json and report.html."""
-    specs = named_paths(args.model)
+def evaluate_folder(args, accelerator):
+    """Accuracy of each --model on the images of --data_dir, for results.json."""
     args.data_dir = args.data_dir or "outputs/demo/query"
     by_class = list_images(args.data_dir)
     classes = list(by_class)
     paths = [path for name in classes for path in by_class[name]]
     labels = torch.tensor([i for i, name in enumerate(classes) for _ in by_class[name]])
 
-    accelerator = start(args)
     methods = {}
-    for name, path in specs.items():
+    for name, path in named_paths(args.model).items():
         classifier, names, size, kind = load_classifier(path, classes, args, accelerator.device)
         answers = predict(classifier, paths, size, args, accelerator)
         methods[name] = {"classifier": kind} | summarise(*answers, labels, classes, names, paths)
-        accelerator.log({f"accuracy/{name}": methods[name]["mean"]})
     pairs = [
         {"a": a, "b": b, "mean": mean, "ci95": interval}
         for a, b in statistics.pairs_of(methods)
         for mean, *interval in [statistics.paired_difference(methods[a]["correct"], methods[b]["correct"])]
     ]
     results = {"kind": "accuracy", "data_dir": str(args.data_dir), "num_images": len(paths), "classes": classes}
-    results |= {"methods": methods, "paired_differences": pairs} | provenance(args, OPTIONS)
-    if accelerator.is_main_process:
-        write_json(Path(args.output_dir) / "results.json", results)
-        write_report(Path(args.output_dir) / "report.html", results)
-    accelerator.end_training()
+    return results | {"methods": methods, "paired_differences": pairs} | provenance(args, OPTIONS)
+
+
+def in_words(results):
+    """The lines that say what results.json holds."""
+    if results["kind"] == "generated":
+        return ["{:24}{:>7}{:>8}{:>22}{:>17}{:>10}".format(*row) for row in generated_table(results)]
+    methods, pairs = results["methods"], results["paired_differences"]
     width = max(map(len, methods))
-    for name, result in methods.items():
-        accelerator.print(f"{name:{width}}  {with_interval(result)} %  by {result['classifier']}")
-
-
-def distances(a, b):
-    """Cosine distances [N, M] of unit features [N, D] and [M, D], from 0 to 2; infinite from a feature to itself."""
-    d = 1 - a @ b.T
-    return d.fill_diagonal_(float("inf")) if a is b else d
-
-
-def specificity_and_diversity(f, answers, labels, support_f, support_labels):
-    """How well images keep to their classes, and how much they vary within them.
-
-    Args:
-        f: unit features [N, D]. answers: the teacher's classes [N]. labels: what the images should be [N].
-        support_f, support_labels: those of the supports; the same objects where the images are the supports.
-    Returns:
-        {"images": N, "agreement": share of answers that are the label, with its Wilson interval, "nearest_support":
-        mean cosine distance to the nearest (other) support of the class, "pairwise": mean cosine distance of two
-        images of a class, the mean over classes}; None where there is no pair.
-    """
-    nearest, pairwise = [], []
-    for c in labels.unique():
-        own = f[labels == c]
-        near = distances(own, own if f is support_f else support_f[support_labels == c])
-        nearest.append(near.min(1).values)
-        if len(own) > 1:
-            pairwise.append((1 - own @ own.T).sum() / (len(own) * (len(own) - 1)))
-    nearest = torch.cat(nearest)
-    hits = int((answers == labels).sum())
-    return {
-        "images": len(labels),
-        "agreement": {"mean": hits / len(labels), "ci95": statistics.wilson_interval(hits, len(labels))},
-        "nearest_support": nearest.mean().item() if nearest.isfinite().all() else None,
-        "pairwise": torch.stack(pairwise).mean().item() if pairwise else None,
-    }
-
-
-@torch.no_grad()
-def embed(folder, teacher, classes, batch_size):
-    """Unit features [N, D] of the images of a folder, the teacher's answers [N], labels [N], and alphas (list)."""
-    rows, images, found = [], [], []
-    for row, image in open_samples(folder, models.input_size(teacher)[0]):
-        if row["label"] not in classes:
-            raise UserError(f"{folder} has images of {row['label']}, of which there are no supports.")
-        rows.append(row)
-        images.append(as_tensor(image))
-        if len(images) == batch_size:
-            found.append(teacher.embed(torch.stack(images).to(teacher.center.device)))
-            images.clear()
-    if images:
-        found.append(teacher.embed(torch.stack(images).to(teacher.center.device)))
-    f = torch.cat(found)
-    labels = torch.tensor([classes.index(row["label"]) for row in rows])
-    return f.cpu(), (f @ teacher.prototypes.T).argmax(-1).cpu(), labels, [row.get("alpha") for row in rows]
-
-
-def evaluate_generated(args):
-    """Specificity and diversity of each --generated_dir at each alpha: results.json and report.html."""
-    if not args.support_dir:
-        raise UserError("--generated_dir needs --support_dir, the images that they were generated from.")
-    accelerator = start(args)
-    model = models.load_model(args.teacher, image_size=args.teacher_image_size).to(accelerator.device)
-    supports, support_labels, classes, _ = load_folder(args.support_dir, models.input_size(model)[0])
-    teacher = models.PrototypeClassifier(model, supports.to(accelerator.device), support_labels)
-
-    support_f, answers, labels, _ = embed(args.support_dir, teacher, classes, args.batch_size)
-    support = support_f, labels
-    real = {"supports": specificity_and_diversity(support_f, answers, labels, *support)}
-    if args.data_dir:
-        f, answers, labels, _ = embed(args.data_dir, teacher, classes, args.batch_size)
-        real["real images"] = specificity_and_diversity(f, answers, labels, *support)
-    sets = {}
-    for name, folder in named_paths(args.generated_dir).items():
-        f, answers, labels, alphas = embed(folder, teacher, classes, args.batch_size)
-        if len(set(alphas)) > 12:  # drawn at random
-            alphas = [round(5 * alpha) / 5 for alpha in alphas]
-        sets[name] = []
-        for alpha in sorted(set(alphas), key=lambda a: -1 if a is None else a):
-            at = torch.tensor([a == alpha for a in alphas])
-            sets[name].append({"alpha": alpha} | specificity_and_diversity(f[at], answers[at], labels[at], *support))
-    results = {"kind": "generated", "classes": classes, "real": real, "sets": sets}
-    results |= provenance(args, ("generated_dir", "support_dir", "data_dir", "teacher", "teacher_image_size"))
-    if accelerator.is_main_process:
-        write_json(Path(args.output_dir) / "results.json", results)
-        write_report(Path(args.output_dir) / "report.html", results)
-    for row in generated_table(results):
-        accelerator.print("{:24}{:>7}{:>8}{:>22}{:>17}{:>10}".format(*row))
-    accelerator.end_training()
+    lines = [
+        f"{name:{width}}  {with_interval(found)} %" + (f"  by {found['classifier']}" if "classifier" in found else "")
+        for name, found in methods.items()
+    ]
+    return lines + [f"{p['a']} - {p['b']}: {points(p['mean'], *p['ci95'])} points" for p in pairs]
 
 
 def main(args):
     if args.plan:
         planning.plan(args)
+        return
+    group = episodes.leave_group() if args.dataset else ()
+    accelerator = start(args)
+    if args.dataset:
+        results = episodes.evaluate_episodes(args, STAGES, accelerator, *group)
     elif args.generated_dir:
-        evaluate_generated(args)
-    elif args.dataset:
-        episodes.evaluate_episodes(args)
+        results = evaluate_generated(args, accelerator)
     else:
-        evaluate_folder(args)
+        results = evaluate_folder(args, accelerator)
+    if results and accelerator.is_main_process:
+        output_dir = Path(args.output_dir)
+        write_json(output_dir / "results.json", results)
+        write_report(output_dir / "report.html", results)
+        accelerator.log({f"accuracy/{name}": found["mean"] for name, found in results.get("methods", {}).items()})
+        print(*in_words(results), f"see {output_dir / 'report.html'}", sep="\n")
+    accelerator.end_training()
 
 
 def number_or_all(text):
@@ -338,7 +256,7 @@ def parse_args(argv=None):
     add("--num_real", type=positive_int, default=40, help="images of each class held back from the queries for real")
     add("--num_unlabeled", type=positive_int, default=100, help="images, times --num_ways, for base and mined")
     add("--web_dir", help="images of anything to mine from; default of icons_fs: those that mini-SD learned from")
-    for script, module in episodes.SCRIPTS.items():
+    for script, module in STAGES.items():
         add(
             f"--{script}",
             default="",

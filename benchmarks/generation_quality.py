@@ -19,8 +19,8 @@ import tint_generate
 import tint_invert
 from benchmarks.flops import generation
 from common import datasets, models
+from common.generated import embed, specificity_and_diversity
 from common.images import load_folder
-from evaluate import embed, specificity_and_diversity
 
 ALL = "--guidance_steps 16"
 SETTINGS = {

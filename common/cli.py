@@ -91,3 +91,15 @@ def share(text):
 def positive_share(text):
     share(text)
     return positive(text)
+
+
+def named_paths(specs):
+    """{name: path} of a list of [NAME=]PATH; without a name the path is the name."""
+    paths = {}
+    for spec in specs:
+        name, separator, path = spec.partition("=")
+        named = separator and "/" not in name
+        paths[name if named else spec] = path if named else spec
+    if len(paths) < len(specs):
+        raise UserError(f"{' '.join(specs)}: two have the same name; say NAME=PATH.")
+    return paths

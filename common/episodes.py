@@ -8,7 +8,7 @@ queries an arm answers rightly). A key stands for all settings up to there: what
 import os
 import shlex
 import time
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,20 +18,15 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-import distill
-import tint_generate
-import tint_invert
 from common import datasets, models, statistics
 from common.cli import UserError
 from common.images import as_tensor
-from common.processes import start
 from common.records import check_settings, digest, provenance, read_json, settings_of, write_json
-from common.report import data_uri, with_interval, write_report
+from common.report import data_uri
 from common.shards import open_samples
 from common.teachers import load_teacher
 
-SCRIPTS = {"invert": tint_invert, "generate": tint_generate, "distill": distill}
-METHODS = {  # the scripts that each method runs, or whose options it takes
+METHODS = {  # the stages that each method runs, or whose options it takes
     "teacher": ("distill",),  # itself, specialised on the supports
     "prototypes": ("distill",),  # the student's, before distillation
     "supports": ("distill",),
@@ -60,12 +55,13 @@ class Arm:
     name: str
     method: str
     options: str
+    mains: dict  # {script: its function of arguments}
     arguments: dict  # {script: Namespace}
     keys: dict  # {script, or "images" that no script makes: key}
     key: str
 
 
-def parse_arm(text, args):
+def parse_arm(text, args, stages):
     """An Arm from "[NAME=]METHOD [--SCRIPT.OPTION VALUE ...]", as "free=tint --generate.alpha 1".
 
     Raises:
@@ -95,7 +91,8 @@ def parse_arm(text, args):
             raise UserError(f"--methods {text}: {word!r} belongs to no option.")
         else:
             own[script].append(word)
-    arguments = {script: SCRIPTS[script].parse_args(own[script]) for script in METHODS[method]}
+    mains = {script: stages[script].main for script in METHODS[method]}
+    arguments = {script: stages[script].parse_args(own[script]) for script in METHODS[method]}
     source = image_source(args, method, arguments["distill"])
     weights = [method, *backbones(arguments["distill"], method), *source]
     keys, key = {"images": digest(*source)} if source else {}, ""
@@ -109,7 +106,7 @@ def parse_arm(text, args):
         counts = (PARTS.get(method, ""), *(VIEWS if method == "teacher" else ()))
         settings = {name: value for name, value in settings.items() if name.startswith(counts)}
         keys[script] = key = digest(key, settings, *(weights if script == "distill" else []))
-    return Arm(name or head, method, shlex.join(words), arguments, keys, key)
+    return Arm(name or head, method, shlex.join(words), mains, arguments, keys, key)
 
 
 def backbones(options, method):
@@ -152,7 +149,7 @@ def run_script(script, arm, folder, seed, **inputs):
         before = time.perf_counter()
         arguments = vars(arm.arguments[script]) | inputs | {"seed": seed, "output_dir": str(output_dir)}
         with quiet():
-            SCRIPTS[script].main(type(arm.arguments[script])(**arguments))
+            arm.mains[script](type(arm.arguments[script])(**arguments))
         write_json(done, time.perf_counter() - before)
     return output_dir, read_json(done)
 
@@ -406,32 +403,27 @@ def examples(arms, folder, count=6):
     ]
 
 
-def evaluate_episodes(args):
-    """Accuracy of each of --methods over the episodes of --dataset: results.json and report.html."""
-    arms = [parse_arm(text, args) for text in args.methods]
+def evaluate_episodes(args, stages, accelerator, rank=0, processes=1):
+    """Accuracy of each of --methods over the episodes of --dataset, for results.json.
+
+    Args:
+        stages: {"invert" | "generate" | "distill": the script, with its `parse_args` and `main`}.
+        rank, processes: what `leave_group` says.
+    Returns:
+        None while other processes have episodes to do: the one that finishes last has the results.
+    """
+    dataset = datasets.load_dataset(args.dataset, args.split, args.dataset_dir)
+    arms = [parse_arm(text, args, stages) for text in args.methods]
     if len({arm.name for arm in arms}) < len(arms):
         raise UserError(f"--methods {' '.join(args.methods)}: two have the same name; say NAME=METHOD.")
-    dataset = datasets.load_dataset(args.dataset, args.split, args.dataset_dir)
-    rank, processes = leave_group()
-    accelerator = start(args)
-    output_dir = Path(args.output_dir)
+    record = Path(args.output_dir) / "benchmark.json"
     identity = {name: vars(args)[name] for name in IDENTITY}
-    if not check_settings(output_dir / "benchmark.json", identity):
-        write_json(output_dir / "benchmark.json", {"settings": identity})
+    if not check_settings(record, identity):
+        write_json(record, {"settings": identity})
 
     for index in tqdm(range(rank, args.num_episodes, processes), desc="episodes", disable=rank > 0):
         run_episode(index, arms, dataset, args, accelerator.device)
     results = collect(arms, dataset, args)
     if results is None:
-        print(f"process {rank} has done its share; the one that finishes last writes {output_dir}/results.json")
-        return
-    with suppress(FileNotFoundError):  # another process finished in the same moment and wrote the same
-        write_json(output_dir / "results.json", results)
-        write_report(output_dir / "report.html", results)
-    width = max(map(len, results["methods"]))
-    for name, result in results["methods"].items():
-        print(f"{name:{width}}  {with_interval(result)} %")
-    for pair in results["paired_differences"]:
-        low, high = pair["ci95"]
-        print(f"{pair['a']} - {pair['b']}: {100 * pair['mean']:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]")
-    print(f"{args.num_episodes} episodes; see {output_dir / 'report.html'}")
+        print(f"process {rank} has done its share; the one that finishes last writes {args.output_dir}/results.json")
+    return results

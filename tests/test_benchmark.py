@@ -219,10 +219,10 @@ def test_other_weights_at_the_same_path_make_students_anew_and_nothing_else(tmp_
     shutil.copytree(ROOT / "assets" / "student", tmp_path / "student")
     args = evaluate.parse_args(["--dataset", "icons_fs", "--student", str(tmp_path / "student")])
     methods = ("tint", "supports", "base", "prototypes", "teacher")
-    before = {method: episodes.parse_arm(method, args).keys for method in methods}
+    before = {method: episodes.parse_arm(method, args, evaluate.STAGES).keys for method in methods}
     weights = load_file(tmp_path / "student" / "model.safetensors")
     save_file({k: v + 1 for k, v in weights.items()}, tmp_path / "student" / "model.safetensors")
-    after = {method: episodes.parse_arm(method, args).keys for method in methods}
+    after = {method: episodes.parse_arm(method, args, evaluate.STAGES).keys for method in methods}
     for method in methods:
         changed = {script for script in before[method] if before[method][script] != after[method][script]}
         assert changed == ({"distill"} if method != "teacher" else set())
@@ -230,7 +230,8 @@ def test_other_weights_at_the_same_path_make_students_anew_and_nothing_else(tmp_
 
 def test_what_a_teacher_is_trained_on_counts_and_so_does_it_for_what_it_mines():
     def arm(text, distill=""):
-        return episodes.parse_arm(text, evaluate.parse_args(["--dataset", "icons_fs", "--distill", distill]))
+        args = evaluate.parse_args(["--dataset", "icons_fs", "--distill", distill])
+        return episodes.parse_arm(text, args, evaluate.STAGES)
 
     tuned = "teacher --distill.teacher_specialization fine_tune"
     assert arm(tuned).key != arm(tuned, "--flip_probability 0").key
@@ -265,7 +266,7 @@ def test_the_table_of_students():
     args = students.parse_args(["--num_shots", "5", "--num_images", "9", "--max_train_steps", "7", "8"])
     command = students.command(args)
     options = evaluate.parse_args(command[command.index("evaluate.py") + 1 :])
-    arms = {arm.name: arm for arm in (episodes.parse_arm(text, options) for text in options.methods)}
+    arms = {arm.name: arm for arm in (episodes.parse_arm(text, options, evaluate.STAGES) for text in options.methods)}
     assert len({arm.key for arm in arms.values()}) == len(arms) == 2 + 2 * len(students.METHODS)
     assert options.num_shots == 5 and arms["scratch_tint"].arguments["generate"].num_images_per_class == 9
     chosen = {name: vars(arm.arguments["distill"]) for name, arm in arms.items()}

@@ -1,0 +1,91 @@
+"""How specific generated images are, and how diverse, in the feature space of the specialised teacher."""
+
+import itertools
+
+import torch
+
+from common import models, statistics
+from common.cli import UserError, named_paths
+from common.images import as_tensor, load_folder
+from common.records import provenance
+from common.shards import open_samples
+
+OPTIONS = ("generated_dir", "support_dir", "data_dir", "teacher", "teacher_image_size")
+
+
+def distances(a, b):
+    """Cosine distances [N, M] of unit features [N, D] and [M, D], from 0 to 2; infinite from a feature to itself."""
+    d = 1 - a @ b.T
+    return d.fill_diagonal_(float("inf")) if a is b else d
+
+
+def specificity_and_diversity(f, answers, labels, support_f, support_labels):
+    """How well images keep to their classes, and how much they vary within them.
+
+    Args:
+        f: unit features [N, D]. answers: the teacher's classes [N]. labels: what the images should be [N].
+        support_f, support_labels: those of the supports; the same objects where the images are the supports.
+    Returns:
+        {"images": N, "agreement": share of answers that are the label, with its Wilson interval, "nearest_support":
+        mean cosine distance to the nearest (other) support of the class, "pairwise": mean cosine distance of two
+        images of a class, the mean over classes}; None where there is no pair.
+    """
+    nearest, pairwise = [], []
+    for c in labels.unique():
+        own = f[labels == c]
+        near = distances(own, own if f is support_f else support_f[support_labels == c])
+        nearest.append(near.min(1).values)
+        if len(own) > 1:
+            pairwise.append((1 - own @ own.T).sum() / (len(own) * (len(own) - 1)))
+    nearest = torch.cat(nearest)
+    hits = int((answers == labels).sum())
+    return {
+        "images": len(labels),
+        "agreement": {"mean": hits / len(labels), "ci95": statistics.wilson_interval(hits, len(labels))},
+        "nearest_support": nearest.mean().item() if nearest.isfinite().all() else None,
+        "pairwise": torch.stack(pairwise).mean().item() if pairwise else None,
+    }
+
+
+@torch.no_grad()
+def embed(folder, teacher, classes, batch_size):
+    """Unit features [N, D] of the images of a folder, the teacher's answers [N], labels [N], and alphas (list)."""
+    size, device = models.input_size(teacher)[0], teacher.center.device
+    samples, rows, found = open_samples(folder, size), [], []
+    while batch := list(itertools.islice(samples, batch_size)):
+        rows += [row for row, _ in batch]
+        if strangers := {row["label"] for row in rows} - set(classes):
+            raise UserError(f"{folder} has images of {', '.join(sorted(strangers))}, of which there are no supports.")
+        found.append(teacher.embed(torch.stack([as_tensor(image) for _, image in batch]).to(device)))
+    if not found:
+        raise UserError(f"{folder} holds no image.")
+    f = torch.cat(found)
+    labels = torch.tensor([classes.index(row["label"]) for row in rows])
+    return f.cpu(), (f @ teacher.prototypes.T).argmax(-1).cpu(), labels, [row.get("alpha") for row in rows]
+
+
+def evaluate_generated(args, accelerator):
+    """Specificity and diversity of each --generated_dir at each alpha, for results.json."""
+    if not args.support_dir:
+        raise UserError("--generated_dir needs --support_dir, the images that they were generated from.")
+    model = models.load_model(args.teacher, image_size=args.teacher_image_size).to(accelerator.device)
+    supports, support_labels, classes, _ = load_folder(args.support_dir, models.input_size(model)[0])
+    teacher = models.PrototypeClassifier(model, supports.to(accelerator.device), support_labels)
+
+    support_f, answers, labels, _ = embed(args.support_dir, teacher, classes, args.batch_size)
+    support = support_f, labels
+    real = {"supports": specificity_and_diversity(support_f, answers, labels, *support)}
+    if args.data_dir:
+        f, answers, labels, _ = embed(args.data_dir, teacher, classes, args.batch_size)
+        real["real images"] = specificity_and_diversity(f, answers, labels, *support)
+    sets = {}
+    for name, folder in named_paths(args.generated_dir).items():
+        f, answers, labels, alphas = embed(folder, teacher, classes, args.batch_size)
+        if len(set(alphas)) > 12:  # drawn at random
+            alphas = [round(5 * alpha) / 5 for alpha in alphas]
+        sets[name] = []
+        for alpha in sorted(set(alphas), key=lambda a: -1 if a is None else a):
+            at = torch.tensor([a == alpha for a in alphas])
+            sets[name].append({"alpha": alpha} | specificity_and_diversity(f[at], answers[at], labels[at], *support))
+    results = {"kind": "generated", "classes": classes, "real": real, "sets": sets}
+    return results | provenance(args, OPTIONS)
