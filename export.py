@@ -201,16 +201,30 @@ def compare(reference, other, labels=None):
 
 
 def verdict(fidelity):
-    """The first line of the report: what costs accuracy. `fidelity` is {name: facts of `compare`}."""
+    """The first line of the report: what costs accuracy, and what loss so many images cannot rule out. `fidelity` is
+    {name: facts of `compare`}."""
     changes = {name: facts.get("accuracy_change") for name, facts in fidelity.items()}
     if not all(changes.values()):
         return "Accuracy was not compared: give labelled images with --query_dir."
-    worse = {name: change for name, change in changes.items() if change["mean"] < -TOLERATED_LOSS}
-    if not worse:
-        return f"Nothing loses more than {100 * TOLERATED_LOSS} points of accuracy: {', '.join(fidelity)}."
-    return " ".join(
-        f"{name} LOSES accuracy: {points(change['mean'], *change['ci95'])} points." for name, change in worse.items()
-    )
+    count = max(facts["accuracy"]["count"] for facts in fidelity.values())
+    sentences, rest = [], []
+    for name, change in changes.items():
+        if change["mean"] >= -TOLERATED_LOSS:
+            rest.append(name)
+        elif change["ci95"][1] < 0:
+            sentences.append(f"{name} LOSES accuracy: {points(change['mean'], *change['ci95'])} points.")
+        else:
+            found = points(change["mean"], *change["ci95"])
+            sentences.append(f"{name} may lose accuracy: {found} points on {count} images, which cannot tell.")
+    largest = max((-changes[name]["ci95"][0] for name in rest), default=0)
+    if rest and largest <= TOLERATED_LOSS:
+        sentences.append(f"Nothing loses more than {100 * TOLERATED_LOSS} points of accuracy: {', '.join(rest)}.")
+    elif rest:
+        sentences.append(
+            f"No loss above {100 * TOLERATED_LOSS} points was seen, but {count} images cannot rule out one of "
+            f"{100 * largest:.1f}: {', '.join(rest)}."
+        )
+    return " ".join(sentences)
 
 
 class TorchClassifier:

@@ -7,8 +7,10 @@ import os
 import signal
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
 import distill
@@ -106,33 +108,16 @@ class Checkpoint:
         return load_checkpoint(self.path, self.settings, **self.stateful)
 
 
+@matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "tint", "font.size": 12})
 def save_plot(path, x_title, y_title, lines):
-    """An SVG picture of lines {name: [(x, y)]} on linear axes."""
-    left, top, width, height = 70, 20, 520, 240
-    xs, ys = zip(*(point for line in lines.values() for point in line))
-    low, high = (np.array([min(xs), min(ys)]), np.array([max(xs), max(ys)]))
-
-    def place(x, y):
-        u, v = (np.array([x, y]) - low) / (high - low)
-        return f"{left + u * width:.1f},{top + (1 - v) * height:.1f}"
-
-    parts = [f'<rect x="{left}" y="{top}" width="{width}" height="{height}" fill="none" stroke="#888"/>']
-    for share in np.linspace(0, 1, 5):
-        x, y = low + share * (high - low)
-        right, down = left + share * width, top + (1 - share) * height
-        parts += [f'<text x="{right:.0f}" y="{top + height + 18}" text-anchor="middle">{x:.4g}</text>',
-                  f'<text x="{left - 6}" y="{down + 4:.0f}" text-anchor="end">{y:.3g}</text>']  # fmt: skip
-    legend = []
-    for (name, line), colour in zip(lines.items(), ("#1f6fb4", "#d1582b", "#2c8c4a")):
-        points = " ".join(place(x, y) for x, y in line)
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        legend.append(f'<tspan fill="{colour}" dx="12">{name}</tspan>')
-    parts.append(f'<text x="{left + width}" y="{top - 6}" text-anchor="end">{"".join(legend)}</text>')
-    parts.append(f'<text x="{left + width / 2}" y="{top + height + 40}" text-anchor="middle">{x_title}</text>')
-    parts.append(f'<text x="{left}" y="{top - 6}">{y_title}</text>')
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 20} {top + height + 50}"'
-    style = 'font-family="sans-serif" font-size="13" fill="#555"><rect width="100%" height="100%" fill="white"/>'
-    Path(path).write_text(f"{head} {style}{''.join(parts)}</svg>\n")
+    """An SVG picture of lines {name: [(x, y)]}, always the same for the same lines."""
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel=x_title, ylabel=y_title)
+    for name, line in lines.items():
+        (drawn,) = axes.plot(*zip(*line))
+        axes.annotate(f" {name}", line[-1], va="center", color=drawn.get_color(), annotation_clip=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, metadata={"Date": None})
 
 
 def use_threads(count):

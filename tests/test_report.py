@@ -1,7 +1,9 @@
-"""The report: well-formed, without network or scripts, names escaped, pictures readable; in Chromium where it is."""
+"""The report: well-formed, without network or scripts, names escaped, plots and pictures readable; in Chromium where it
+is."""
 
 import base64
 import io
+import json
 import re
 import shutil
 import subprocess
@@ -11,33 +13,35 @@ import pytest
 import torch
 from PIL import Image
 
-from common.report import data_uri, write_report
+from common.report import data_uri, points, write_report
 
 NAME = '<b>&"x'
 SHARED = {"settings": {"seed": 0, "split": NAME}, "versions": {"torch": "2"}, "command": f"evaluate.py {NAME}"}
-VOID = {"meta", "img", "br", "line", "circle"}
+VOID = {"meta", "img", "br"}
 
 
 class Page(HTMLParser):
-    """Checks that tags are balanced and collects attributes and text."""
+    """Checks that tags are balanced and collects attributes, text, and the text in plots."""
 
     def __init__(self, path):
         super().__init__()
-        self.open, self.attributes, self.words = [], [], ""
+        self.open, self.attributes, self.words, self.labels = [], [], "", []
         self.feed(path.read_text(encoding="utf-8"))
         assert not self.open
 
     def handle_starttag(self, tag, attrs):
         self.attributes += [(tag, *attr) for attr in attrs]
-        if tag not in VOID and tag != "polyline":
+        if tag not in VOID:
             self.open.append(tag)
 
     def handle_endtag(self, tag):
-        if tag not in VOID and tag != "polyline":
+        if tag not in VOID:
             assert self.open.pop() == tag
 
     def handle_data(self, data):
         self.words += data
+        if self.open and self.open[-1] == "text":
+            self.labels.append(data)
 
 
 def interval(mean):
@@ -89,51 +93,130 @@ def generated(alphas, pairs):
                      "real": {"supports": row(0.8), "real images": row(0.85)}, "paired_differences": []}  # fmt: skip
 
 
+def latencies(model, runtime, precision, milliseconds):
+    return {"model": model, "runtime": runtime, "precision": precision, "device": "cpu", "threads": 2, "batch_size": 1,
+            "median_ms": milliseconds, "p90_ms": 2 * milliseconds, "p99_ms": 3 * milliseconds, "calls": 9,
+            "images_per_second": 1000 / milliseconds}  # fmt: skip
+
+
+def exported(teacher_known):
+    change = {"accuracy": interval(0.8), "accuracy_change": interval(-0.01)}
+    facts = {"max_abs_diff": 1e-5, "mean_abs_diff": 1e-6, "top1_agreement": 0.99}
+    runtimes = [("torch", "fp32"), ("onnxruntime", "fp32"), ("onnxruntime", "int8")]
+    known = {"student torch": interval(0.81)} | ({"teacher torch": interval(0.9)} if teacher_known else {})
+    return SHARED | {
+        "kind": "export", "num_images": 11, "verdict": NAME, "machine": NAME, "bytes": {NAME: 1000}, "methods": {},
+        "fidelity": {f"onnxruntime {precision}": facts | change for precision in ("fp32", "int8")},
+        "accuracy": known, "paired_differences": [],
+        "latency": [latencies("student", *names, 0.2 + 0.1 * i) for i, names in enumerate(runtimes)]
+        + [latencies("teacher", "torch", "fp32", 5.4)],
+    }  # fmt: skip
+
+
 def test_generated_images_are_shown_against_alpha_where_there_is_something_to_show(tmp_path):
-    for alphas, pairs, lines in (([None], True, 0), ([0.5], True, 0), ([0, 0.5, 1], True, 6), ([0, 1], False, 4)):
+    for alphas, pairs, plots in (([None], True, 0), ([0.5], True, 0), ([0, 0.5, 1], True, 3), ([0, 1], False, 2)):
         write_report(tmp_path / "report.html", generated(alphas, pairs))
-        text = (tmp_path / "report.html").read_text()
-        assert text.count("<polyline") == lines and text.count("stroke-dasharray") == 1
-        assert text.count('class="dashed"') == lines / 2
-        assert Page(tmp_path / "report.html").words.count("90.0 [85.0, 94.0]") == len(alphas)
+        page = Page(tmp_path / "report.html")
+        assert (tmp_path / "report.html").read_text().count("<svg") == plots
+        for label in (f"{NAME}0", f"{NAME}1", "real images", "alpha"):
+            assert page.labels.count(label) == plots
+        assert page.words.count("90.0 [85.0, 94.0]") == len(alphas)
 
 
-CASES = [generated([0, 0.5, 1], True), benchmark(1, 1), benchmark(2, 5), benchmark(8, 600), accuracy(2), accuracy(64)]
+def test_the_teacher_stands_in_the_plot_whenever_it_is_timed(tmp_path):
+    for known in (True, False):
+        write_report(tmp_path / "report.html", exported(known))
+        page = Page(tmp_path / "report.html")
+        assert {"torch fp32", "onnxruntime fp32", "onnxruntime int8", "teacher torch fp32"} <= set(page.labels)
+        assert ("(accuracy unknown)" in page.labels) == (not known)
 
 
-@pytest.mark.parametrize("results", CASES, ids=["generated", "one", "two", "many", "folder", "classes"])
+def test_a_difference_is_told_only_where_its_interval_leaves_out_zero(tmp_path):
+    results = benchmark(2, 5)
+    for low, high, words in ((0.01, 0.1, "left"), (-0.1, -0.01, "right"), (-0.01, 0.1, "cannot be told")):
+        results["paired_differences"] = [{"a": "left", "b": "right", "mean": (low + high) / 2, "ci95": [low, high]}]
+        write_report(tmp_path / "report.html", results)
+        cells = re.findall("<td>([^<]*)</td>", (tmp_path / "report.html").read_text())
+        assert cells[cells.index(points((low + high) / 2, low, high)) + 1] == words
+
+
+CASES = {
+    "generated": generated([0, 0.5, 1], True), "one": benchmark(1, 1), "two": benchmark(2, 5),
+    "many": benchmark(8, 600), "folder": accuracy(2), "classes": accuracy(64), "export": exported(True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("results", CASES.values(), ids=CASES)
 def test_pages_stand_alone(results, tmp_path):
     path = tmp_path / "report.html"
     write_report(path, results)
-    page = Page(path)
+    page, text = Page(path), path.read_text()
     tags = {tag for tag, *_ in page.attributes}
-    assert not tags & {"script", "link", "iframe"} and "http" not in path.read_text()
+    assert not tags & {"script", "link", "iframe"} and "http" not in text and not re.search(r"url\((?!#)", text)
     for _, name, value in page.attributes:
         assert not name.startswith("on")
         if name in ("src", "href"):
             kind, _, data = value.partition(",")
             assert kind == "data:image/png;base64"
             Image.open(io.BytesIO(base64.b64decode(data))).verify()
-    assert NAME in page.words and "<b>" not in path.read_text()  # shown as it is, and never as a tag
-    for method in results["methods"].values():
+        assert name != "xlink:href" or value.startswith("#")
+    assert NAME in page.words and "<b>" not in text  # shown as it is, and never as a tag
+    plots = "".join(re.findall("<svg.*?</svg>", text, re.DOTALL))
+    assert "var(--ink)" in plots and "#1a1a1b" not in plots and "<text" in plots  # the page's colours, and real text
+    for name, method in results["methods"].items():
+        assert name in page.labels
         assert (
             f"{100 * method['mean']:.1f} [{100 * method['ci95'][0]:.1f}, {100 * method['ci95'][1]:.1f}]" in page.words
         )
     if results["paired_differences"]:
         assert "-1.2 [-6.2, +2.8]" in page.words
     if results["kind"] == "benchmark":
-        lines, against_alpha = path.read_text().count("<polyline"), len(results["methods"]) > 2
-        assert lines == (results["dataset"]["num_episodes"] if len(results["methods"]) > 1 else 0) + against_alpha
-        assert ("against alpha" in page.words) == against_alpha
+        several = len(results["methods"]) > 1
+        assert text.count("stroke-opacity") == several * results["dataset"]["num_episodes"]  # a line each
+        assert ("against alpha" in page.words) == (len(results["methods"]) > 2)
+    write_report(path, results)
+    assert path.read_text() == text
+
+
+MEASURE = """<script>
+const found = {}
+function measure(frame) {
+  const page = frame.contentDocument, root = page.documentElement
+  const tables = [...page.querySelectorAll(".wide")].filter(wide => wide.scrollWidth > wide.clientWidth)
+  found[frame.id] = [root.scrollWidth, tables.map(wide => wide.textContent.includes("p99"))]
+  document.title = JSON.stringify(found)
+}
+</script>
+"""
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="Chromium is not installed")
-def test_chromium_shows_it_without_complaint(tmp_path):
-    write_report(tmp_path / "report.html", benchmark(3, 20))
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
-               f"--user-data-dir={tmp_path / 'profile'}", "--window-size=500,1200",
-               f"--screenshot={tmp_path / 'page.png'}", f"file://{tmp_path / 'report.html'}"]  # fmt: skip
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert not re.findall(r".*CONSOLE.*", result.stderr)
-    shot = Image.open(tmp_path / "page.png").convert("L")
-    assert shot.size == (500, 1200) and shot.getextrema()[0] < 60 and shot.getextrema()[1] > 200
+def test_chromium_shows_every_page_at_every_width_without_complaint(tmp_path):
+    """No page is wider than the screen, nor a table of latencies than its page; light and dark are what they say."""
+
+    def chromium(*options):
+        command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+                   "--enable-logging=stderr", "--allow-file-access-from-files",
+                   f"--user-data-dir={tmp_path / 'profile'}", *options]  # fmt: skip
+        result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert not re.findall(r".*CONSOLE.*", result.stderr)
+        return result.stdout
+
+    frames = [MEASURE]
+    for name in ("generated", "many", "classes", "export"):
+        write_report(tmp_path / f"{name}.html", CASES[name])
+        for width in (390, 1000):
+            frame = f'<iframe id="{name} {width}" src="{name}.html" style="width: {width}px; border: 0"'
+            frames.append(f'{frame} onload="measure(this)"></iframe>')
+    (tmp_path / "all.html").write_text("".join(frames))
+    html = chromium("--dump-dom", f"file://{tmp_path / 'all.html'}")
+    found = json.loads(re.search("<title>(.*?)</title>", html)[1])
+    assert len(found) == 8
+    for name, (width, wider) in found.items():
+        assert width <= int(name.split()[1]) and not any(wider)
+    for scheme, page in ((0, 0), (1, 255)):  # dark, light
+        options = f"--blink-settings=preferredColorScheme={scheme}", "--window-size=500,1200"
+        chromium(*options, f"--screenshot={tmp_path / 'page.png'}", f"file://{tmp_path / 'export.html'}")
+        shot = Image.open(tmp_path / "page.png").convert("L")
+        assert shot.size == (500, 1200) and abs(shot.getpixel((0, 0)) - page) < 40
+        assert shot.getextrema()[0] < 60 and shot.getextrema()[1] > 200
