@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.optimization import SchedulerType, get_scheduler
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torchvision.transforms.v2 import functional as TF
 from tqdm.auto import tqdm
 
@@ -26,7 +26,7 @@ from common.cli import UserError, argument_parser, natural_int, non_negative, po
 from common.diffusion import parse_with_model_defaults
 from common.images import list_images, load_image, open_image, save_grid
 from common.processes import generator, start
-from common.records import check_settings, digest, fingerprint, settings_of, whole_file, write_json
+from common.records import check_settings, digest, fingerprint, save_tensors, settings_of, write_json
 
 REFERENCE = {  # the paper's settings
     "max_train_steps": 5000, "train_batch_size": 1, "learning_rate": 1e-3, "lr_scheduler": "constant", "patience": 0,
@@ -409,11 +409,6 @@ def invert_classes(names, paths, settings, pipe, schedule, upscaler, args, accel
         }
         write_json(folder / "inversion.json", facts)  # last: it marks the class as done
     shutil.rmtree(partial)
-
-
-def save_tensors(path, tensors, metadata=None):
-    with whole_file(path) as temporary:
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary, metadata)
 
 
 def initial_vector(pipe, name, args):

@@ -21,14 +21,13 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch.optim.swa_utils import AveragedModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from assets.colours import BACKGROUNDS, FOREGROUNDS
 from assets.training import Checkpoint, Drawings, moving_average, rng_of_step, use_threads
 from common.cli import run
-from common.records import digest, fingerprint, whole_file, write_json
+from common.records import digest, fingerprint, save_tensors, write_json
 
 MAX_TOKENS = 16
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}  # Stable Diffusion's
@@ -98,10 +97,7 @@ def encode(vae, drawings, copies, path, seed):
         images = torch.stack([image for row in painted for image, _ in row])
         latents = torch.cat([vae.encode(x * 2 - 1).latent_dist.mode().half() for x in images.split(256)])
         latents = (latents * vae.config.scaling_factor).unflatten(0, (len(drawings), copies)).contiguous()
-        with whole_file(path) as temporary:
-            save_file(
-                {"latents": latents}, temporary, {"facts": json.dumps([[fact for _, fact in r] for r in painted])}
-            )
+        save_tensors(path, {"latents": latents}, {"facts": json.dumps([[fact for _, fact in r] for r in painted])})
     with safe_open(path, "pt") as file:
         return file.get_tensor("latents"), json.loads(file.metadata()["facts"])
 

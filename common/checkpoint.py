@@ -5,10 +5,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from common.cli import UserError
-from common.records import compare_settings, whole_file
+from common.records import compare_settings, save_tensors
 
 
 def save_checkpoint(path, facts, **stateful):
@@ -23,9 +22,8 @@ def save_checkpoint(path, facts, **stateful):
         state = owner.state_dict()
         if not isinstance(owner, torch.nn.Module):
             state = {f"{i}.{k}": v for i, values in state["state"].items() for k, v in values.items()}
-        tensors |= {f"{name}/{k}": v.contiguous().clone() for k, v in state.items()}
-    with whole_file(path) as temporary:
-        save_file(tensors, temporary, {k: json.dumps(v) for k, v in facts.items()})
+        tensors |= {f"{name}/{k}": v for k, v in state.items()}
+    save_tensors(path, tensors, {k: json.dumps(v) for k, v in facts.items()})
 
 
 def load_facts(path):

@@ -3,10 +3,7 @@
 import argparse
 import errno
 import math
-import os
 import sys
-
-from safetensors import SafetensorError
 
 
 class UserError(Exception):
@@ -24,13 +21,11 @@ def run(main, parse_args):
         sys.exit(fail(str(error), 2))
     except (PermissionError, NotADirectoryError, FileExistsError, IsADirectoryError) as error:
         sys.exit(fail(f"{error.filename}: {error.strerror}. Give another folder, or make it one.", 2))
-    except (OSError, SafetensorError) as error:  # safetensors' own kind names the operating system's in its text
-        full = [code for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-                if code == getattr(error, "errno", None) or f"(os error {code})" in str(error)]  # fmt: skip
-        if not full:
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        name = getattr(error, "filename", None) or getattr(args, "output_dir", "the output")
-        sys.exit(fail(f"{name}: {os.strerror(full[0])}. Free some space and start again: what is finished is kept.", 1))
+        name = error.filename or getattr(args, "output_dir", "the output")
+        sys.exit(fail(f"{name}: {error.strerror}. Free some space and start again: what is finished is kept.", 1))
 
 
 def fail(message, code):

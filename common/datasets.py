@@ -26,7 +26,7 @@ from PIL import Image
 from common import icons_fs
 from common.cli import UserError, argument_parser, natural_int, positive_int, run
 from common.images import find_images, list_images, open_image
-from common.records import read_json
+from common.records import check_settings, read_json, settings_of, whole_folder, write_json
 
 SPLITS = Path(__file__).parent.parent / "assets" / "splits"
 MISSING = {
@@ -198,17 +198,14 @@ def draw_episode(dataset, num_ways, num_shots, seed, index):
 
 def write_images(dataset, chosen, folder):
     """Writes {class name: references} as image folders, which appear whole: files as they are, others as PNG."""
-    folder = Path(folder)
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    for name, references in chosen.items():
-        (temporary / name).mkdir(parents=True, exist_ok=True)
-        for reference in references:
-            if isinstance(reference, Path):
-                shutil.copyfile(reference, temporary / name / reference.name)
-            else:
-                dataset.open(name, reference).save(temporary / name / f"{reference}.png")
-    temporary.replace(folder)
+    with whole_folder(folder) as temporary:
+        for name, references in chosen.items():
+            (temporary / name).mkdir()
+            for reference in references:
+                if isinstance(reference, Path):
+                    shutil.copyfile(reference, temporary / name / reference.name)
+                else:
+                    dataset.open(name, reference).save(temporary / name / f"{reference}.png")
 
 
 def write_supports(dataset, num_ways, num_shots, seed, index, folder):
@@ -219,13 +216,17 @@ def write_supports(dataset, num_ways, num_shots, seed, index, folder):
 
 def main(args):
     output_dir = Path(args.output_dir)
-    if (output_dir / "support").exists():
-        raise UserError(f"{output_dir} already holds an episode: give another --output_dir, or delete it.")
+    record, settings = output_dir / "episode.json", settings_of(args)
+    if not check_settings(record, settings) and (output_dir / "support").exists():
+        raise UserError(
+            f"{output_dir / 'support'} is there, and holds no episode of this script: give another --output_dir."
+        )
     dataset = load_dataset(args.dataset, args.split, args.dataset_dir)
     episode = draw_episode(dataset, args.num_ways, args.num_shots, args.seed, args.episode)
-    shutil.rmtree(output_dir / "query", ignore_errors=True)  # of an interrupted run
-    write_images(dataset, {name: order[args.num_shots :] for name, order in episode.items()}, output_dir / "query")
-    write_images(dataset, {name: order[: args.num_shots] for name, order in episode.items()}, output_dir / "support")
+    write_json(record, {"settings": settings})
+    for part, chosen in (("query", slice(args.num_shots, None)), ("support", slice(args.num_shots))):
+        if not (output_dir / part).is_dir():
+            write_images(dataset, {name: order[chosen] for name, order in episode.items()}, output_dir / part)
     queries = sum(map(len, episode.values())) - args.num_ways * args.num_shots
     print(f"{output_dir}: {', '.join(episode)}; {args.num_shots} supports each, {queries} queries in all")
 

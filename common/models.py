@@ -8,7 +8,6 @@ wants.
 
 import itertools
 import json
-import shutil
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,13 +17,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from timm.layers import to_2tuple
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, save_for_hf
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._hub import save_config_for_hf
 from timm.models._input import update_model_input_size
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.cli import UserError
-from common.records import fingerprint
+from common.records import fingerprint, save_tensors, whole_file
 
 
 class FlatHead(nn.Module):
@@ -298,12 +298,9 @@ def save_model(model, folder, classes):
     Args:
         classes: the class names in the order of the model's outputs.
     """
-    folder = Path(folder)
-    temporary = folder / ".model.tmp"  # timm writes into a folder; from here both files appear whole
-    save_for_hf(model, temporary, model_config={"label_names": list(classes)}, safe_serialization=True)
-    for name in ("model.safetensors", "config.json"):
-        (temporary / name).replace(folder / name)
-    shutil.rmtree(temporary)
+    save_tensors(Path(folder) / "model.safetensors", model.state_dict())
+    with whole_file(Path(folder) / "config.json") as temporary:
+        save_config_for_hf(model, temporary, {"label_names": list(classes)})
 
 
 def weights_of(name_or_path, checkpoint=None):

@@ -2,29 +2,113 @@
 
 import hashlib
 import json
+import os
 import platform
+import re
 import shlex
+import shutil
 import sys
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
+import psutil
 import torch
+from safetensors.torch import save
 
 from common.cli import UserError
+
+TEMPORARY = re.compile(r"\..+\.(\w+)-(\d+)\.part")  # of the machine and the process that write it
 
 
 @contextmanager
 def whole_file(path):
-    """Gives a temporary path beside `path`, which becomes `path` at the end: the file appears whole or not at all."""
+    """Gives a temporary path beside `path`, which becomes `path` at the end: the file appears whole or not at all.
+
+    Any number of processes may write the same file, or remove its folder by `remove_folder`, at the same time.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_name(path)
     try:
+        for _ in range(10):
+            with suppress(FileNotFoundError):  # the folder is being removed, which cannot be once this file is in it
+                path.parent.mkdir(parents=True, exist_ok=True)
+                temporary.touch()
+                break
         yield temporary
         temporary.replace(path)
+    except OSError as error:
+        if str(error.filename) in (str(temporary), "None"):  # a full disk names no file
+            error.filename = str(path)
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
+
+
+@contextmanager
+def whole_folder(path):
+    """The same for a folder. Where another process has made it in the meantime, that one stays."""
+    path = Path(path)
+    temporary = temporary_name(path)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        try:
+            temporary.replace(path)
+        except OSError:
+            if not path.is_dir():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def temporary_name(path):
+    """A hidden name beside `path` that no other process of any machine uses."""
+    sweep(path.parent)
+    return path.with_name(f".{path.name}.{this_machine()}-{os.getpid()}.part")
+
+
+@cache
+def this_machine():
+    """A name of this machine, or container: of all processes that see each other's numbers."""
+    numbers = Path("/proc/self/ns/pid")
+    return digest(platform.node(), str(numbers.readlink()) if numbers.is_symlink() else "")
+
+
+@cache
+def sweep(folder):
+    """Removes what killed processes have left in a folder of files that they were writing; once a process and folder.
+
+    Whether a process of another machine still runs cannot be known: what it has not touched for an hour is taken away.
+    """
+    for path in Path(folder).glob(".*.part"):
+        if not (owner := TEMPORARY.fullmatch(path.name)):
+            continue
+        machine, process = owner.groups()
+        with suppress(OSError):  # another process sweeps too
+            here = machine == this_machine()
+            if not psutil.pid_exists(int(process)) if here else time.time() - path.stat().st_mtime > 3600:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def remove_folder(folder):
+    """Removes a folder, but for what other processes are writing into it."""
+    for place, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            if not TEMPORARY.fullmatch(name):
+                Path(place, name).unlink(missing_ok=True)
+        with suppress(OSError):
+            Path(place).rmdir()
+
+
+def save_tensors(path, tensors, facts=None):
+    """Writes {name: tensor}, and facts {name: text}, as a safetensors file."""
+    tensors = {name: x.detach().cpu().clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
+    with whole_file(path) as temporary:
+        temporary.write_bytes(save(tensors, facts))  # safetensors' own way to a file lets nobody else read it
 
 
 def write_json(path, value):
