@@ -32,11 +32,14 @@ def whole_file(path):
     path = Path(path)
     temporary = temporary_name(path)
     try:
-        for _ in range(10):
-            with suppress(FileNotFoundError):  # the folder is being removed, which cannot be once this file is in it
+        for turns_left in reversed(range(10)):
+            try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 temporary.touch()
                 break
+            except (FileNotFoundError, FileExistsError):  # the folder is being removed: it cannot be, with a file in it
+                if not turns_left:
+                    raise
         yield temporary
         temporary.replace(path)
     except OSError as error:

@@ -218,13 +218,13 @@ def test_full_disk_is_no_users_mistake_but_gets_a_message(capsys):
 
 
 def test_weights_that_cannot_be_written(run_dir, tmp_path):
-    """safetensors, not Python, meets the limit: 100 kB a file, where the student has 500."""
+    """100 kB a file, where the student has 500."""
     command = [sys.executable, "distill.py", "--support_dir", run_dir / "support", "--supports_only",
                "--max_train_steps", 1, "--output_dir", tmp_path]  # fmt: skip
     limited = ["bash", "-c", 'ulimit -f 100; exec "$@"', "_", *map(str, command)]
     result = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert f"error: {tmp_path}: File too large. Free some space" in result.stderr
+    assert f"error: {tmp_path / 'model.safetensors'}: File too large. Free some space" in result.stderr
 
 
 @pytest.mark.parametrize(
