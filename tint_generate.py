@@ -196,23 +196,27 @@ def open_inversions(args):
 
 def save_overview(rows, folders, args, columns=24, lines=8):
     """grid.png: the supports of each class side by side on top, then one row of generated images per alpha; of alphas
-    drawn at random, `lines` rows from the smallest to the largest."""
+    drawn at random, `lines` rows from the smallest to the largest. Classes and alphas stand beside them."""
     names = list(folders)[:columns]
     per_class = min(columns // len(names), *(len(folders[name]["images"]) for name in names))
-    supports, shown = [], []
+    supports, shown, titles = [], [], []
     if args.method != "textual_inversion":
         paths = [Path(folders[n]["support_dir"]) / n / s for n in names for s in folders[n]["images"][:per_class]]
         if all(path.is_file() for path in paths):
             supports.append([load_image(path, args.image_size) for path in paths])
+            titles.append("supports")
     of_class = {name: [row for row in rows if row["label"] == name and row["file_name"]] for name in names}
     if args.alpha == ["uniform"]:
         ordered = {name: sorted(group, key=lambda row: row["alpha"]) for name, group in of_class.items()}
         for i in range(lines):
             at = {name: i * (len(group) - per_class) // (lines - 1) for name, group in ordered.items()}
             shown.append([ordered[name][max(0, at[name]) :][:per_class] for name in names])
+            found = [row["alpha"] for group in shown[-1] for row in group]
+            titles.append(f"alpha {min(found):.2f} to {max(found):.2f}" if found else "")
     else:
         alphas = dict.fromkeys(row.get("alpha") for row in rows)
         shown = [[[r for r in of_class[n] if r.get("alpha") == alpha][:per_class] for n in names] for alpha in alphas]
+        titles += ["no support" if alpha is None else f"alpha {alpha:g}" for alpha in alphas]
     wanted = {row["file_name"] for line in shown for group in line for row in group}
     pictures = {row["file_name"]: as_tensor(image) for row, image in open_samples(args.output_dir, wanted=wanted)}
     blank = torch.ones(3, args.image_size, args.image_size)
@@ -220,7 +224,7 @@ def save_overview(rows, folders, args, columns=24, lines=8):
         [picture for group in line for picture in pad([pictures[row["file_name"]] for row in group], per_class, blank)]
         for line in shown
     ]
-    save_grid(supports + grid, Path(args.output_dir) / "grid.png")
+    save_grid(supports + grid, Path(args.output_dir) / "grid.png", titles, names)
 
 
 def pad(items, length, filler):

@@ -9,6 +9,7 @@ word, gives the image back. Together they are TINT (Landolsi and Kahl, 2406.0314
 
 import json
 import shutil
+import statistics
 import unicodedata
 from contextlib import contextmanager
 from pathlib import Path
@@ -394,7 +395,10 @@ def invert_classes(names, paths, settings, pipe, schedule, upscaler, args, accel
             for kind in ("vae", "ddim", "null_text")
             if kind in result
         }
-        save_grid([images[c], *decoded.values()], folder / "reconstruction.png")
+        quality = {kind: psnr(x, images[c]).tolist() for kind, x in decoded.items()}
+        titles = [f"{kind.replace('_', '-')} {statistics.mean(values):.1f} dB" for kind, values in quality.items()]
+        columns = [path.name for path in paths[name]]
+        save_grid([images[c], *decoded.values()], folder / "reconstruction.png", [name, *titles], columns)
         facts = {
             "settings": settings[name],
             "class": name,
@@ -405,7 +409,7 @@ def invert_classes(names, paths, settings, pipe, schedule, upscaler, args, accel
             "image_size": min([args.resolution, *(open_image(path).width for path in paths[name])]),
             "textual_inversion_loss": curves[c],
             "null_text_steps": result["num_steps"].tolist(),
-            "reconstruction_psnr_db": {kind: psnr(x, images[c]).tolist() for kind, x in decoded.items()},
+            "reconstruction_psnr_db": quality,
         }
         write_json(folder / "inversion.json", facts)  # last: it marks the class as done
     shutil.rmtree(partial)

@@ -3,16 +3,17 @@
 import io
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torchvision.transforms.v2 import functional as TF
-from torchvision.utils import make_grid
 
 from common.cli import UserError
 from common.records import whole_file
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp"}
+FONT = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")  # has Greek, Cyrillic, ...
 
 
 def list_images(folder, classes=None):
@@ -133,17 +134,43 @@ def save_image(image, path):
         temporary.write_bytes(encode_image(image, Path(path).suffix[1:]))
 
 
-def save_grid(rows, path, side=64):
-    """Writes rows of images, each a list of tensors [3, H, W] in [0, 1], as one PNG; short rows end in white.
+def shortened(words, font, width):
+    """The words, without so much of their middle as it takes to be no wider than `width` pixels."""
+    shown, kept = words, len(words)
+    while font.getlength(shown) > width and kept > 2:
+        kept -= 1
+        shown = f"{words[: kept - kept // 2]}…{words[len(words) - kept // 2 :]}"
+    return shown
+
+
+def save_grid(rows, path, lines=(), columns=(), side=None):
+    """Writes rows of images, each a list of tensors [3, size, size] in [0, 1], as one PNG with words beside and above.
 
     Args:
-        side: the side in pixels at which each image is shown; enlarged by repetition, so that pixels stay pixels.
+        lines: the words left of each row. columns: those above the images, each above equally many.
+        side: the side in pixels at which each image is shown; by default small images are enlarged to about 128, by
+            repetition, so that pixels stay pixels, and large ones are reduced to 192.
     """
-    columns = max(map(len, rows))
-    tiles = []
-    for row in rows:
-        for image in row:
-            method = TF.InterpolationMode.NEAREST if image.shape[-1] <= side else TF.InterpolationMode.BICUBIC
-            tiles.append(TF.resize(image.float().cpu(), [side, side], method, antialias=True).clamp(0, 1))
-        tiles += [torch.ones(3, side, side)] * (columns - len(row))
-    save_image(make_grid(torch.stack(tiles), nrow=columns, padding=2, pad_value=1.0), path)
+    size, count = rows[0][0].shape[-1], max(map(len, rows))
+    side = side or min(size * max(1, 128 // size), 192)
+    span = count // len(columns) if columns else count
+    font = ImageFont.truetype(FONT, max(12, side // 6))
+    left = round(max((font.getlength(words) + font.size for words in lines), default=0))
+    top = round(1.5 * font.size) if columns else 0
+
+    def place(i, j):
+        return left + i * (side + 2) + i // span * font.size, top + j * (side + 2)
+
+    picture = Image.new("RGB", [side + end for end in place(count - 1, len(rows) - 1)], "white")
+    draw = ImageDraw.Draw(picture)
+    for j, words in enumerate(lines):
+        draw.text((left - font.size // 2, place(0, j)[1] + side // 2), words, "black", font, anchor="rm")
+    for i, words in enumerate(columns):
+        shown = shortened(words, font, span * (side + 2))
+        draw.text((place(i * span, 0)[0], top // 2), shown, "black", font, anchor="lm")
+    for j, row in enumerate(rows):
+        for i, image in enumerate(row):
+            method = Image.Resampling.NEAREST if size <= side else Image.Resampling.BICUBIC
+            picture.paste(as_picture(image.float().cpu()).resize((side, side), method), place(i, j))
+    with whole_file(path) as temporary:
+        picture.save(temporary, "png")

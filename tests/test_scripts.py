@@ -92,7 +92,14 @@ def test_generation_writes_what_the_contract_says(run_dir):
     dataset = ImageFolder(run_dir / "generated")
     assert dataset.classes == names and len(dataset) == 12 and dataset[0][0].size == (32, 32)
     grid = pixels(run_dir / "generated" / "grid.png")
-    assert grid.shape == (4 * 66 + 2, 4 * 66 + 2, 3)  # supports and three alphas; two supports of two classes
+    last = pixels(run_dir / "generated" / names[1] / "00005.png")
+    assert np.array_equal(grid[-128::4, -128::4], last) and np.array_equal(grid[-127::4, -125::4], last)
+    assert [grid.shape[k] // 130 for k in (0, 1)] == [4, 5]  # supports and three alphas; two supports of two classes
+    assert (grid[:30] < 99).any() and all((grid[-130 * k :, :90][:128] < 99).any() for k in range(1, 5))  # words
+    for name in names:
+        grid = pixels(run_dir / "inversion" / name / "reconstruction.png")
+        image = json.loads((run_dir / "inversion" / name / "inversion.json").read_text())["images"][1]
+        assert np.array_equal(grid[-4 * 130 + 2 :, -128:][:128][::4, ::4], pixels(run_dir / "support" / name / image))
 
 
 def test_alpha_zero_gives_the_null_text_reconstruction_back(run_dir):
@@ -168,7 +175,7 @@ def test_uniform_alphas_and_a_guidance_scale_for_each_alpha(run_dir, tmp_path):
     generate(run_dir, tmp_path / "uniform", "--num_images_per_class", 40, "--alpha", "uniform")
     alphas = [row["alpha"] for row in rows_of(tmp_path / "uniform")]
     assert scipy.stats.kstest(alphas, "uniform").pvalue > 0.01 and len(set(alphas)) == 80
-    assert pixels(tmp_path / "uniform" / "grid.png").shape == (9 * 66 + 2, 4 * 66 + 2, 3)
+    assert pixels(tmp_path / "uniform" / "grid.png").shape[0] // 130 == 9
     generate(run_dir, tmp_path / "scales", "--num_images_per_class", 2, "--alpha", 0.9, 0.9, "--guidance_scale", 1, 6)
     for kind in (1, 6):
         generate(run_dir, tmp_path / str(kind), "--num_images_per_class", 2, "--alpha", 0.9, "--guidance_scale", kind)
