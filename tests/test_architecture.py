@@ -3,6 +3,7 @@
 import ast
 
 import pytest
+import yaml
 
 from tests import ROOT
 
@@ -34,3 +35,14 @@ def test_no_file_of_common_imports_a_script():
     assert len(files) > 10 and {"distill", "evaluate", "tint_invert"} <= SCRIPTS
     for path in files:
         assert not ABOVE & set(imports(path.read_text())), path
+
+
+def test_what_others_need_to_carry_on_is_there():
+    assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) <= 50
+    assert "## Unreleased" in (ROOT / "CHANGELOG.md").read_text()
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["license"] == "MIT" and "2406.03146" in citation["references"][0]["url"]
+    jobs = [yaml.safe_load(path.read_text())["jobs"] for path in (ROOT / ".github" / "workflows").glob("*.yml")]
+    assert any(step.get("run") == ".ci/run" for job in jobs for test in job.values() for step in test["steps"])
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    assert {hook["id"] for hook in hooks} == {"ruff-check", "ruff-format"}
