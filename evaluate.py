@@ -35,11 +35,10 @@ from common import datasets, episodes, models, planning, statistics
 from common.cli import UserError, argument_parser, named_paths, positive_int, run
 from common.generated import evaluate_generated
 from common.images import list_images, load_folder, load_image
-from common.onnx_model import OnnxClassifier
 from common.processes import start
 from common.records import provenance, write_json
 from common.report import data_uri, generated_table, points, with_interval, write_report
-from common.tensorrt_engine import EngineClassifier
+from common.runtimes import OPENED_BY, open_exported
 
 STAGES = {"invert": tint_invert, "generate": tint_generate, "distill": distill}  # that the arms of an episode run
 OPTIONS = ("model", "data_dir", "support_dir", "teacher_image_size", "batch_size", "seed")  # that count on a folder
@@ -63,10 +62,8 @@ def load_classifier(path, classes, args, device):
 
     The kind is "head" where the model was trained on the folder's classes, else "prototypes" (of --support_dir).
     """
-    if path.endswith((".onnx", ".engine")):
-        if not Path(path).is_file():
-            raise UserError(f"{path}: no such file.")
-        model = (OnnxClassifier if path.endswith(".onnx") else EngineClassifier)(path, device)
+    if Path(path).suffix in OPENED_BY:
+        model = open_exported(path, device)
         require(classes, model.classes, path, args.data_dir)
         return model, model.classes, models.input_size(model)[0], "head"
     names = models.class_names(path)
@@ -222,7 +219,7 @@ def parse_args(argv=None):
         nargs="+",
         default=["outputs/demo/student"],
         metavar="[NAME=]PATH",
-        help="model folders, timm names, ONNX files or TensorRT engines to measure on the same images",
+        help="model folders, timm names or files of export.py to measure on the same images",
     )
     add("--data_dir", help="the images to measure on: one folder per class; default: outputs/demo/query")
     add("--support_dir", help="support images, for models that do not know the classes")

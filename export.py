@@ -4,15 +4,14 @@ and times it beside its teacher.
 accelerate launch export.py --model outputs/demo/student --benchmark --teacher assets/teacher
 """
 
-import copy
 import json
 import os
-import shlex
 import tempfile
 import warnings
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import onnx
 import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
@@ -20,48 +19,23 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxruntime.transformers.onnx_model import OnnxModel
 from timm.utils import reparameterize_model
-from torch import nn
 
 from common import models
-from common.aot_package import PackageClassifier, build_package
 from common.cli import UserError, argument_parser, positive_int, run
 from common.images import as_tensor, load_folder
-from common.latency import latency
-from common.onnx_model import (
-    OnnxClassifier,
-    OpenVinoClassifier,
-    as_input,
-    has_cuda_provider,
-    import_openvino,
-    log_probabilities,
-)
 from common.processes import start
 from common.records import provenance, whole_file, write_json
 from common.report import fidelity_table, latency_table, points, write_report
+from common.runtimes import RUNTIMES
+from common.runtimes.base import Student, WithPreprocessing, as_input, log_probabilities
+from common.runtimes.latency import latency
+from common.runtimes.pytorch import PyTorch
 from common.shards import open_samples
 from common.statistics import accuracy, paired_difference
-from common.tensorrt_engine import EngineClassifier, build_engine, trtexec_command, trtexec_timing_command
 
 QUANTIZED = ["Conv", "Gemm", "MatMul", "Add", "MaxPool", "AveragePool", "GlobalAveragePool"]
 PRECISIONS = ("fp32", "fp16", "int8", "int8_tensorrt")
-RUNTIMES = ("torch", "torch_compile", "onnxruntime", "openvino", "aotinductor", "tensorrt")
 TOLERATED_LOSS = 0.005  # of accuracy, that a precision may lose before the report says so first
-
-
-class WithPreprocessing(nn.Module):
-    """What a camera needs: images uint8 [B, H, W, 3], of the model's input size, to probabilities [B, num_classes]."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-        for key in ("mean", "std"):
-            self.register_buffer(key, 255 * torch.tensor(model.pretrained_cfg[key])[:, None, None])
-
-    def forward(self, images):
-        # TensorRT's one layer for uint8 is the conversion; and unless memory follows the order of the axes, the pooling
-        # of some models becomes a gather.
-        x = images.float().permute(0, 3, 1, 2).contiguous()
-        return self.model((x - self.mean) / self.std).softmax(-1)
 
 
 def export_fp32(model, classes, args, path):
@@ -112,11 +86,12 @@ def convert_fp16(fp32_path, path):
 
 
 class Calibration(CalibrationDataReader):
-    """Feeds inputs, a numpy array, to ONNX Runtime's calibration, in whole batches."""
+    """Feeds inputs, a numpy array, to ONNX Runtime's calibration, in whole batches: the last is filled up with the
+    first inputs."""
 
     def __init__(self, inputs, batch_size):
-        starts = range(0, len(inputs) - batch_size + 1, batch_size)
-        self.batches = iter([inputs[start : start + batch_size] for start in starts])
+        count = -(-len(inputs) // batch_size)
+        self.batches = iter(np.resize(inputs, (count, batch_size, *inputs.shape[1:])))
 
     def get_next(self):
         batch = next(self.batches, None)
@@ -125,7 +100,8 @@ class Calibration(CalibrationDataReader):
 
 def convert_int8(fp32_path, path, inputs, batch_size, for_tensorrt=False):
     """Explicit Q/DQ nodes around convolutions, matrix products, sums and poolings: symmetric, weights per channel and
-    biases in floating point. Ranges come from the inputs.
+    biases in floating point. Ranges come from the inputs, and the answers stay in floating point: an answer that is
+    surer than those on the inputs must not be cut off.
 
     ONNX Runtime computes in int8 where inputs and outputs are quantized, and many CPUs' sums of products overflow
     unless weights have 7 bits. TensorRT fuses a layer with what follows it if only its inputs are quantized, and takes
@@ -133,9 +109,6 @@ def convert_int8(fp32_path, path, inputs, batch_size, for_tensorrt=False):
     """
     properties = {p.key: p.value for p in onnx.load(fp32_path).metadata_props}
     properties["int8_for_tensorrt"] = json.dumps(for_tensorrt)
-    options = {"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False}
-    if for_tensorrt:
-        options["OpTypesToExcludeOutputQuantization"] = QUANTIZED
     with tempfile.TemporaryDirectory() as folder:
         folded, quantized = Path(folder) / "folded.onnx", Path(folder) / "int8.onnx"
         quant_pre_process(fp32_path, folded, skip_symbolic_shape=True)  # folds batch normalisation
@@ -145,19 +118,67 @@ def convert_int8(fp32_path, path, inputs, batch_size, for_tensorrt=False):
             Calibration(inputs, batch_size),
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=QUANTIZED,
+            nodes_to_exclude=biases(onnx.load(folded).graph),
             per_channel=True,
             reduce_range=not for_tensorrt,
             activation_type=QuantType.QInt8,
             weight_type=QuantType.QInt8,
-            extra_options=options,
+            extra_options={"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False},
         )
         proto = onnx.load(quantized)
+    leave_in_float(proto.graph, outputs_of_layers=for_tensorrt)
     if for_tensorrt:
         join_sums(proto.graph)
     onnx.helper.set_model_props(proto, properties)
     onnx.checker.check_model(proto)
     with whole_file(path) as temporary:
         onnx.save(proto, temporary)
+
+
+def biases(graph):
+    """The names of sums with a constant, as a position embedding or a matrix product's bias: they are no layers of
+    their own, but part of the one before."""
+    constants = {tensor.name for tensor in graph.initializer}
+    return [node.name for node in graph.node if node.op_type == "Add" and constants & set(node.input)]
+
+
+def leave_in_float(graph, outputs_of_layers):
+    """Takes Q/DQ pairs away before the network's end: before whatever leads to no quantized layer any more. With
+    `outputs_of_layers`, before all that is not quantized itself."""
+    ends = {value.name for value in graph.output}
+    readers, at_end = {}, {}
+    for node in reversed(graph.node):
+        after = [reader for name in node.output for reader in readers.get(name, [])]
+        at_end[node.output[0]] = node.op_type not in QUANTIZED and all(at_end[r.output[0]] for r in after)
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    made_by = {name: node for node in graph.node for name in node.output}
+    for pair in [node for node in graph.node if node.op_type == "DequantizeLinear"]:
+        quantize, name = made_by.get(pair.input[0]), pair.output[0]
+        if quantize is None:
+            continue  # of a weight
+        source = quantize.input[0]
+        for node in readers.get(name, []):
+            if at_end[node.output[0]] or (outputs_of_layers and node.op_type not in QUANTIZED):
+                node.input[:] = [source if given == name else given for given in node.input]
+        if name in ends:
+            for node in graph.node:
+                node.input[:] = [name if given == source else given for given in node.input]
+                node.output[:] = [name if made == source else made for made in node.output]
+            graph.node.remove(pair)
+    remove_unused(graph)
+
+
+def remove_unused(graph):
+    """Takes away nodes and constants whose results nobody reads."""
+    used = {value.name for value in graph.output}
+    for node in reversed(list(graph.node)):
+        if used.isdisjoint(node.output):
+            graph.node.remove(node)
+        else:
+            used.update(node.input)
+    for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
+        graph.initializer.remove(tensor)
 
 
 def join_sums(graph):
@@ -175,12 +196,8 @@ def join_sums(graph):
             names = (quantize.input[0], pair.input[0], name)
             if source is not None and source.op_type == "Conv" and all(uses[name] == 1 for name in names):
                 total.input[side] = quantize.input[0]
-                for node in (quantize, pair):
-                    graph.node.remove(node)
                 break
-    used = {name for node in graph.node for name in node.input}
-    for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
-        graph.initializer.remove(tensor)
+    remove_unused(graph)
 
 
 def compare(reference, other, labels=None):
@@ -227,61 +244,6 @@ def verdict(fidelity):
     return " ".join(sentences)
 
 
-class TorchClassifier:
-    """A PyTorch model as the exported ones are: images [B, 3, H, W] in [0, 1] to logits; `run` takes normalised images
-    on the CPU, and ends when the answer is back there."""
-
-    includes_preprocessing = False
-
-    def __init__(self, model, device, compiled=False):
-        self.model, self.device = copy.deepcopy(model).to(device), device  # another device may have the original
-        # Threads are for the caller to choose, not for the compiler.
-        options = {"cpp.dynamic_threads": True} if device.type == "cpu" else None
-        self.function = torch.compile(self.model, options=options) if compiled else self.model
-
-    def prepare(self, images):
-        return models.normalize(self.model, images)
-
-    @torch.inference_mode()
-    def run(self, inputs):
-        return self.function(inputs.to(self.device)).cpu()
-
-    def __call__(self, images):
-        return torch.cat([self.run(self.prepare(part)) for part in images.split(64)])
-
-
-def classifiers(runtimes, args, model, files, devices, num_threads):
-    """What answers and is timed: {(runtime, precision, device): classifier}, the student in each runtime.
-
-    Args:
-        files: {precision: ONNX file}. devices: torch devices, the CPU first.
-    Raises:
-        UserError: a runtime that is not installed.
-    """
-    found = {}
-    for device in devices:
-        for runtime in runtimes:
-            if runtime in ("torch", "torch_compile"):
-                compiled = runtime == "torch_compile"
-                found[runtime, "fp32", device.type] = TorchClassifier(model, device, compiled)
-            elif runtime == "aotinductor":
-                path = Path(args.output_dir) / "student.pt2"
-                if device == devices[-1]:  # it is compiled for one
-                    found[runtime, "fp32", device.type] = PackageClassifier(path, device)
-            elif runtime == "tensorrt":
-                path = Path(args.output_dir) / "student.engine"
-                if device.type == "cuda":
-                    found[runtime, args.precision[-1], "cuda"] = EngineClassifier(path, device)
-            elif runtime == "onnxruntime" and (device.type == "cpu" or has_cuda_provider()):
-                for precision, path in files.items():
-                    found[runtime, precision, device.type] = OnnxClassifier(path, device, num_threads)
-            elif runtime == "openvino" and device.type == "cpu":
-                for precision, path in files.items():
-                    if precision != "int8_tensorrt":  # whose 8-bit weights overflow there
-                        found[runtime, precision, "cpu"] = OpenVinoClassifier(path, num_threads)
-    return found
-
-
 def markdown(results):
     """benchmark.md: the verdict, how far the answers are from PyTorch's, and the latencies."""
     parts = [results["verdict"], markdown_table(*fidelity_table(results))]
@@ -297,51 +259,47 @@ def markdown_table(head, *rows):
 def read_images(args, model, classes):
     """Images to calibrate with, images to compare answers on, both [N, 3, h, w] in [0, 1], and the labels [N] of these,
     or None where nobody knows them."""
-    size, labels = models.input_size(model), None
-    images = torch.randint(256, (64, 3, *size), generator=torch.Generator().manual_seed(args.seed)) / 255
+    size, labels, found = models.input_size(model), None, []
     if args.data_dir:
         images = torch.stack([as_tensor(image) for _, image in open_samples(args.data_dir, size[0])])
-        images = images[:: -(-len(images) // args.num_samples)]
-    queries = images
+        found.append(images[:: -(-len(images) // args.num_samples)])
+    if args.support_dir:
+        found.append(load_folder(args.support_dir, size[0], classes)[0])
+    if not found:
+        found.append(torch.randint(256, (64, 3, *size), generator=torch.Generator().manual_seed(args.seed)) / 255)
+    images = queries = torch.cat(found)
     if args.query_dir:
         queries, labels, *_ = load_folder(args.query_dir, size[0], classes)
     return images, queries, labels
 
 
-def write_files(model, classes, args, examples, device):
-    """Writes what the student runs from: ONNX files and, where wanted, a package and a TensorRT engine.
+def write_onnx(model, classes, args, examples):
+    """Writes the ONNX files of --precision, and of fp32, from which the others are made.
 
     Args:
         examples: images [N, 3, h, w] in [0, 1] that int8's ranges come from.
     Returns:
-        {precision: ONNX file}, and the UserError of an engine that could not be built, or None: all else is there.
+        {precision: file}, the last of --precision last.
     """
-    output_dir = Path(args.output_dir)
-    files = {precision: output_dir / f"student_{precision}.onnx" for precision in ("fp32", *args.precision)}
+    precisions = dict.fromkeys(["fp32"] * ("fp32" not in args.precision) + args.precision)
+    files = {precision: Path(args.output_dir) / f"student_{precision}.onnx" for precision in precisions}
     export_fp32(model, classes, args, files["fp32"])
     if "fp16" in files:
         convert_fp16(files["fp32"], files["fp16"])
     for precision in {"int8", "int8_tensorrt"} & set(files):
-        inputs = as_input(model, examples, args.include_preprocessing)
+        inputs = as_input(model, examples, args.include_preprocessing).numpy()
         batch_size = args.batch_size or min(32, len(inputs))
         convert_int8(files["fp32"], files[precision], inputs, batch_size, precision == "int8_tensorrt")
-    if "aotinductor" in args.runtime:
-        package = output_dir / "student.pt2"
-        build_package(WithPreprocessing(model).eval(), classes, args.batch_size, device, package, args.max_batch_size)
-    if "tensorrt" in args.runtime:
-        engine = output_dir / "student.engine"
-        batches = args.opt_batch_size, args.max_batch_size
-        cache = Path(args.timing_cache or output_dir / "timing.cache")
-        for command in (
-            trtexec_command(files[args.precision[-1]], engine, *batches, args.workspace_mib, cache),
-            trtexec_timing_command(files[args.precision[-1]], engine, args.opt_batch_size),
-        ):
-            print(shlex.join(command))
-        try:
-            build_engine(files[args.precision[-1]], engine, *batches, args.workspace_mib, cache)
-        except UserError as error:
-            return files, error
-    return files, None
+    return files
+
+
+def build(runtime, student):
+    """Lets a runtime write its own file. Returns the UserError of one that cannot: all else is made and measured before
+    it is raised."""
+    try:
+        runtime.build(student)
+    except UserError as error:
+        return error
 
 
 def teacher_accuracy(teacher, args, classes):
@@ -355,10 +313,8 @@ def teacher_accuracy(teacher, args, classes):
     return accuracy(answers.argmax(-1) == labels)
 
 
-def main(args):
-    classes = models.class_names(args.model)
-    if not classes:
-        raise UserError(f"{args.model} is no folder of a trained student: give one that distill.py wrote.")
+def refuse(args):
+    """Raises a UserError where options contradict each other, or a runtime is not installed."""
     if args.batch_size and args.benchmark and args.benchmark_batch_sizes != [args.batch_size]:
         raise UserError(
             f"--batch_size {args.batch_size} fixes it: give --benchmark_batch_sizes {args.batch_size} alone."
@@ -369,10 +325,19 @@ def main(args):
         raise UserError(f"--opt_batch_size {args.opt_batch_size} is above --max_batch_size {args.max_batch_size}.")
     if "tensorrt" in args.runtime and args.precision[-1] == "int8":
         raise UserError("--precision int8 is for CPUs: an engine wants int8_tensorrt, the last of --precision.")
-    if {"int8", "int8_tensorrt"} & set(args.precision) and not args.data_dir:
-        raise UserError("--precision int8 needs --data_dir: images to calibrate on, for instance the generated ones.")
-    if "openvino" in args.runtime:
-        import_openvino()
+    if {"int8", "int8_tensorrt"} & set(args.precision) and not (args.data_dir or args.support_dir):
+        raise UserError(
+            "--precision int8 needs images to calibrate on: the generated ones as --data_dir, photos as --support_dir."
+        )
+    for name in args.runtime:
+        RUNTIMES[name].require()
+
+
+def main(args):
+    classes = models.class_names(args.model)
+    if not classes:
+        raise UserError(f"{args.model} is no folder of a trained student: give one that distill.py wrote.")
+    refuse(args)
     accelerator = start(args)
     if not accelerator.is_main_process:
         return  # one process exports; a second would only disturb its timing
@@ -380,35 +345,41 @@ def main(args):
     output_dir.mkdir(parents=True, exist_ok=True)
     model = reparameterize_model(models.load_model(args.model))  # RepVGG and its kind become plain convolutions
     images, queries, labels = read_images(args, model, classes)
-    files, unbuilt = write_files(model, classes, args, images, device)
-    runtimes = [runtime for runtime in args.runtime if not (unbuilt and runtime == "tensorrt")]
+    student = Student(model, classes, write_onnx(model, classes, args, images), output_dir, device, args)
+    unbuilt = {name: error for name in args.runtime if (error := build(RUNTIMES[name], student))}
 
-    reference = TorchClassifier(model, cpu)(queries)
+    reference = PyTorch(model, cpu)(queries)
     results = {"kind": "export", "num_images": len(queries), "fidelity": {}, "latency": [], "accuracy": {}}
-    flops, teacher = {"student": models.count_flops(model)}, None
+    results["flops"] = {"student": models.count_flops(model)}
     if labels is not None:
         results["accuracy"]["student torch"] = accuracy(reference.argmax(-1) == labels)
-    if args.teacher:
-        teacher = models.load_model(args.teacher, image_size=args.teacher_image_size)
-        flops["teacher"] = models.count_flops(teacher)
+    teacher = models.load_model(args.teacher, image_size=args.teacher_image_size) if args.teacher else None
+    if teacher:
+        results["flops"]["teacher"] = models.count_flops(teacher)
         if labels is not None and args.support_dir:
             results["accuracy"]["teacher torch"] = teacher_accuracy(teacher, args, classes)
 
     devices = [cpu] if device.type == "cpu" else [cpu, device]
     for num_threads in args.num_threads or [torch.get_num_threads()]:
         torch.set_num_threads(num_threads)
-        found = classifiers(runtimes, args, model, files, devices, num_threads)
-        for (runtime, precision, where), classifier in found.items():
-            name = f"{runtime} {precision}" + f" on {where}" * (where != "cpu")
-            if (runtime, where) != ("torch", "cpu") and name not in results["fidelity"]:
-                expected = log_probabilities(reference.softmax(-1)) if classifier.includes_preprocessing else reference
-                results["fidelity"][name] = compare(expected, classifier(queries), labels)
+        found = {
+            (name, precision, where.type): RUNTIMES[name](source, where, num_threads)
+            for where in devices
+            for name in args.runtime
+            if name not in unbuilt
+            for precision, source in RUNTIMES[name].sources(student, where).items()
+        }
+        for (name, precision, where), runtime in found.items():
+            row = f"{name} {precision}" + f" on {where}" * (where != "cpu")
+            if (name, where) != ("torch", "cpu") and row not in results["fidelity"]:
+                expected = log_probabilities(reference.softmax(-1)) if runtime.includes_preprocessing else reference
+                results["fidelity"][row] = compare(expected, runtime(queries), labels)
         if args.benchmark:
             # On a CPU that file shows how accurate it is, not how fast.
-            timed = {("student", *k): c for k, c in found.items() if k[1] != "int8_tensorrt" or k[0] == "tensorrt"}
+            timed = {("student", *k): r for k, r in found.items() if k[1] != "int8_tensorrt" or k[0] == "tensorrt"}
             if teacher:
-                timed |= {("teacher", "torch", "fp32", d.type): TorchClassifier(teacher, d) for d in devices}
-            results["latency"] += latency(timed, flops, args.benchmark_batch_sizes, queries.shape[1:], num_threads)
+                timed |= {("teacher", "torch", "fp32", d.type): PyTorch(teacher, d) for d in devices}
+            results["latency"] += latency(timed, args.benchmark_batch_sizes, queries.shape[1:], num_threads)
         devices = [cpu]  # the number of threads makes a difference there only
 
     results["bytes"] = {path.name: path.stat().st_size for path in output_dir.glob("student*") if path.is_file()}
@@ -421,8 +392,8 @@ def main(args):
         path.write_text(markdown(results))
     print(markdown(results))
     accelerator.end_training()
-    if unbuilt:
-        raise unbuilt
+    for error in unbuilt.values():
+        raise error
 
 
 def parse_args(argv=None):
@@ -433,23 +404,27 @@ def parse_args(argv=None):
     add(
         "--runtime",
         nargs="+",
-        choices=RUNTIMES,
+        choices=list(RUNTIMES),
         default=["torch", "onnxruntime"],
         help="what the student is compared and timed in; aotinductor also makes student.pt2, for the C++ program, and "
         "tensorrt student.engine, from the last of --precision",
     )
-    add("--data_dir", help="generated images, which int8 is calibrated with; default: random numbers, not for int8")
-    add("--query_dir", help="labelled images to check answers on; default: those of --data_dir")
+    add("--data_dir", help="generated images, which int8 is calibrated with")
+    add("--query_dir", help="labelled images to check answers on; default: those calibrated with, or random numbers")
     add(
         "--include_preprocessing",
         action="store_true",
         help="in the graph: uint8 images [batch, height, width, 3] in, probabilities out",
     )
-    add("--num_samples", type=positive_int, default=512, help="at most so many of these images, evenly spaced")
+    add("--num_samples", type=positive_int, default=512, help="at most so many of --data_dir, evenly spaced")
     add("--benchmark", action="store_true", help="time the models")
     add("--num_threads", type=positive_int, nargs="+", help="numbers of CPU threads to time with; default: PyTorch's")
     add("--teacher", help="a teacher to time beside the student")
-    add("--support_dir", help="support images, whose prototypes the teacher's accuracy on --query_dir is measured with")
+    add(
+        "--support_dir",
+        help="the student's photos: int8 is calibrated with them too, and their prototypes are the teacher's classes "
+        "where its accuracy on --query_dir is measured",
+    )
     add("--teacher_image_size", type=positive_int, help="the teacher's input side; default: its own")
     add("--batch_size", type=positive_int, help="a fixed batch size of the ONNX files; default: any")
     add("--benchmark_batch_sizes", type=positive_int, nargs="+", default=[1], help="batch sizes to time")

@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
@@ -20,7 +21,9 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include <ATen/Context.h>
@@ -51,60 +54,137 @@ struct Image {
 
 // ---------------------------------------------------------------------------------------------------- image files
 
-uint32_t number(const Bytes& bytes, size_t at, int count, bool big_endian = true) {
+std::string_view view(const Bytes& bytes) { return {reinterpret_cast<const char*>(bytes.data()), bytes.size()}; }
+
+uint32_t number(std::string_view bytes, size_t at, int count, bool big_endian = true) {
   uint32_t value = 0;
   for (int i = 0; i < count && at + count <= bytes.size(); ++i)
-    value |= uint32_t{bytes[at + i]} << 8 * (big_endian ? count - 1 - i : i);
+    value |= uint32_t{uint8_t(bytes[at + i])} << 8 * (big_endian ? count - 1 - i : i);
   return value;
 }
 
-// The orientation, 1 to 8, that the EXIF data beginning at `start` give; 1, upright, where they give none.
-int exif_orientation(const Bytes& bytes, size_t start) {
-  bool big = number(bytes, start, 1) == 'M';
-  size_t directory = start + number(bytes, start + 4, 4, big);
-  for (uint32_t i = 0; i < number(bytes, directory, 2, big); ++i) {
+// The orientation, 1 to 8, that TIFF data give; another number where what they give is none, 0 where they give nothing.
+uint32_t exif_orientation(std::string_view tiff) {
+  constexpr std::string_view prefix("Exif\0\0", 6);
+  while (tiff.starts_with(prefix)) tiff.remove_prefix(prefix.size());
+  uint32_t found = 0;
+  bool big = number(tiff, 0, 1) == 'M';
+  size_t directory = number(tiff, 4, 4, big);
+  for (uint32_t i = 0; i < number(tiff, directory, 2, big); ++i) {
     size_t entry = directory + 2 + 12 * size_t{i};
-    if (number(bytes, entry, 2, big) != 0x0112) continue;
-    int value = number(bytes, entry + 8, 2, big);
-    return 1 <= value && value <= 8 ? value : 1;
+    if (number(tiff, entry, 2, big) != 0x0112) continue;
+    int type = number(tiff, entry + 2, 2, big), size = type == 3 || type == 8 ? 2 : type == 4 || type == 9 ? 4 : 0;
+    bool here = uint64_t{number(tiff, entry + 4, 4, big)} * size <= 4;
+    found = size ? number(tiff, here ? entry + 8 : number(tiff, entry + 8, 4, big), size, big) : 9;
   }
-  return 1;
+  return found;
 }
 
-// PNG's checksum (ISO 3309) of bytes [begin, end).
-uint32_t checksum(const Bytes& bytes, size_t begin, size_t end) {
+// The same of an XMP packet: an attribute or an element.
+uint32_t xmp_orientation(std::string_view xmp) {
+  constexpr std::string_view name = "tiff:Orientation";
+  for (size_t at = 0; (at = xmp.find(name, at)) != xmp.npos;) {
+    at += name.size();
+    size_t value = at + (xmp.substr(at, 2) == "=\"" ? 2 : xmp.substr(at, 1) == ">" ? 1 : xmp.size());
+    if (value < xmp.size() && '0' <= xmp[value] && xmp[value] <= '9') return xmp[value] - '0';
+  }
+  return 0;
+}
+
+// Where an image file says how it is to be turned.
+struct Notes {
+  std::string exif, xmp;
+
+  // 1 to 8; any other number turns nothing. As in Pillow, XMP is asked where EXIF does not say.
+  uint32_t orientation() const {
+    uint32_t found = exif_orientation(exif);
+    return found ? found : xmp_orientation(xmp);
+  }
+};
+
+// PNG's checksum (ISO 3309).
+uint32_t checksum(std::string_view bytes) {
   uint32_t sum = ~0u;
-  for (; begin < end; ++begin) {
-    sum ^= bytes[begin];
+  for (char byte : bytes) {
+    sum ^= uint8_t(byte);
     for (int bit = 0; bit < 8; ++bit) sum = sum >> 1 ^ (sum & 1 ? 0xEDB88320 : 0);
   }
   return ~sum;
 }
 
-// Walks the chunks of a PNG or the segments of a JPEG file for the EXIF orientation, and checks PNG's checksums, which
-// the decoder ignores.
-int orientation(const Bytes& bytes) {
-  int found = 1;
-  if (number(bytes, 0, 4) == 0x89504E47) {
-    size_t end;
-    for (size_t at = 8; (end = at + 8 + number(bytes, at, 4)) + 4 <= bytes.size(); at = end + 4) {
-      if (checksum(bytes, at + 4, end) != number(bytes, end, 4)) throw std::runtime_error("wrong checksum");
-      if (number(bytes, at + 4, 4) == 0x65584966) found = exif_orientation(bytes, at + 8);  // "eXIf"
-    }
-  } else if (number(bytes, 0, 2) == 0xFFD8) {
-    size_t at = 2;
-    for (uint32_t marker = 0; (marker = number(bytes, at, 2)) >= 0xFF00 && marker != 0xFFDA;) {
-      if (marker == 0xFFE1 && number(bytes, at + 4, 4) == 0x45786966) found = exif_orientation(bytes, at + 10);
-      at += marker == 0xFFFF ? 1 : 2 + std::max(2u, number(bytes, at + 2, 2));  // 0xFF may be repeated before a marker
-    }
-  } else {
-    throw std::runtime_error("neither PNG nor JPEG");
+// The keyword and text of a PNG's tEXt, zTXt or iTXt chunk.
+std::pair<std::string, std::string> text_of(std::string_view kind, std::string_view data) {
+  auto next = [&data] {  // what comes before the next zero
+    std::string_view part = data.substr(0, data.find('\0'));
+    data.remove_prefix(std::min(data.size(), part.size() + 1));
+    return std::string(part);
+  };
+  std::string keyword = next();
+  bool compressed = kind == "zTXt" || (kind == "iTXt" && number(data, 0, 1) == 1);
+  if (kind != "tEXt") data.remove_prefix(std::min<size_t>(data.size(), kind == "zTXt" ? 1 : 2));  // flag and method
+  if (kind == "iTXt") next(), next();  // language, translated keyword
+  if (!compressed) return {keyword, std::string(data)};
+  int size = 0;
+  std::unique_ptr<char, decltype(&std::free)> text(stbi_zlib_decode_malloc(data.data(), int(data.size()), &size),
+                                                  &std::free);
+  return {keyword, text ? std::string(text.get(), size) : ""};
+}
+
+// The bytes of a "Raw profile": three lines, then hexadecimal digits.
+std::string raw_profile(const std::string& text) {
+  std::string bytes, digits;
+  std::istringstream lines(text);
+  for (int i = 0; std::getline(lines, digits); ++i)
+    for (size_t at = 0; i >= 3 && at + 2 <= digits.size(); at += 2)
+      bytes.push_back(char(std::stoi(digits.substr(at, 2), nullptr, 16)));
+  return bytes;
+}
+
+// Reads the chunks of a PNG file up to its end, what follows is not of the image, and checks the checksums, which the
+// decoder ignores.
+Notes read_png(std::string_view bytes) {
+  Notes notes;
+  std::string profile;
+  for (size_t at = 8, end; (end = at + 8 + number(bytes, at, 4)) + 4 <= bytes.size(); at = end + 4) {
+    std::string_view kind = bytes.substr(at + 4, 4), data = bytes.substr(at + 8, end - at - 8);
+    if (checksum(bytes.substr(at + 4, end - at - 4)) != number(bytes, end, 4))
+      throw std::runtime_error("wrong checksum");
+    if (kind == "IEND") break;
+    if (kind == "eXIf") notes.exif = data;
+    if (!kind.ends_with("Xt") && !kind.ends_with("XT")) continue;
+    auto [keyword, text] = text_of(kind, data);
+    if (keyword == "XML:com.adobe.xmp") notes.xmp = text;
+    if (keyword == "Raw profile type exif") profile = raw_profile(text);
   }
-  return found;
+  if (notes.exif.empty()) notes.exif = profile;
+  return notes;
+}
+
+// Reads the segments of a JPEG file up to the image's own. Four colours without Adobe's marker get one: they are printed
+// colours, inverted, as Pillow and the programs that write them have it.
+Notes read_jpeg(Bytes& file) {
+  constexpr std::string_view exif("Exif\0\0", 6), xmp("http://ns.adobe.com/xap/1.0/\0", 29), adobe("Adobe");
+  std::string_view bytes = view(file);
+  Notes notes;
+  uint32_t colours = 0, marker = 0;
+  bool marked = false;
+  for (size_t at = 2; (marker = number(bytes, at, 2)) >= 0xFF00 && marker != 0xFFDA;) {
+    size_t length = std::max(2u, number(bytes, at + 2, 2));
+    std::string_view data = bytes.substr(std::min(bytes.size(), at + 4), length - 2);
+    if (marker == 0xFFE1 && data.starts_with(exif)) notes.exif += data.substr(exif.size());
+    if (marker == 0xFFE1 && data.starts_with(xmp)) notes.xmp = data.substr(xmp.size());
+    if (marker == 0xFFEE && data.starts_with(adobe)) marked = true;
+    if (marker >= 0xFFC0 && marker <= 0xFFC2) colours = number(data, 5, 1);
+    at += marker == 0xFFFF ? 1 : 2 + length;  // 0xFF may be repeated before a marker
+  }
+  constexpr std::string_view segment("\xFF\xEE\0\x0E" "Adobe\0\x64\0\0\0\0\0", 16);
+  if (colours == 4 && !marked) file.insert(file.begin() + 2, segment.begin(), segment.end());
+  return notes;
 }
 
 // Turns an image upright: orientations from 5 swap rows and columns, then most mirror one or both.
-Image upright(const Image& image, int orientation) {
+Image upright(Image image, uint32_t orientation) {
+  if (orientation < 2 || orientation > 8) return image;
   bool swap = orientation >= 5;
   bool mirror_x = orientation == 2 || orientation == 3 || orientation == 6 || orientation == 7;
   bool mirror_y = orientation == 3 || orientation == 4 || orientation == 7 || orientation == 8;
@@ -119,8 +199,11 @@ Image upright(const Image& image, int orientation) {
   return turned;
 }
 
-Image decode(const Bytes& bytes) {
-  int turn = orientation(bytes), width, height, channels, size = int(bytes.size());
+Image decode(Bytes bytes) {
+  bool png = number(view(bytes), 0, 4) == 0x89504E47, jpeg = number(view(bytes), 0, 2) == 0xFFD8;
+  if (!png && !jpeg) throw std::runtime_error("neither PNG nor JPEG");
+  Notes notes = png ? read_png(view(bytes)) : read_jpeg(bytes);
+  int width, height, channels, size = int(bytes.size());
   if (!stbi_info_from_memory(bytes.data(), size, &width, &height, &channels))
     throw std::runtime_error(stbi_failure_reason());
   if (int64_t{width} * height > 178'956'970) throw std::runtime_error("too many pixels");  // Pillow's limit
@@ -140,7 +223,7 @@ Image decode(const Bytes& bytes) {
     for (const uint8_t* end = from + 4 * size_t(width) * height; from != end; from += 4)
       for (int c = 0; c < 3; ++c) *to++ = uint8_t((from[c] * from[3] + 255 * (255 - from[3]) + 127) / 255);  // on white
   }
-  return turn == 1 ? std::move(image) : upright(image, turn);
+  return upright(std::move(image), notes.orientation());
 }
 
 // -------------------------------------------------------------------------------------------------------- resizing

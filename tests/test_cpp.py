@@ -15,11 +15,12 @@ import torch
 from PIL import Image
 
 from common import models
-from common.aot_package import PackageClassifier, build_package
 from common.cli import UserError
 from common.images import load_image
-from export import WithPreprocessing
+from common.runtimes.aotinductor import AotInductor, build_package
+from common.runtimes.base import WithPreprocessing
 from tests.conftest import ROOT
+from tests.pictures import save_pictures
 
 CPU = torch.device("cpu")
 
@@ -87,40 +88,6 @@ def answers(program, package, paths, *options):
     lines = [line.split("\t") for line in call(program, package, *paths, *options)[0].splitlines()]
     assert [line[0] for line in lines] == list(map(str, paths))
     return [dict(zip(line[1::2], map(float, line[2::2]))) for line in lines]
-
-
-def save_pictures(folder):
-    """Images of every kind, blurred noise in colours: [paths]."""
-    random = np.random.default_rng(0)
-    paths = []
-
-    def pixels(height, width):
-        blobs = Image.fromarray(random.integers(0, 256, (5, 5, 4), dtype=np.uint8), "RGBA")
-        return np.asarray(blobs.resize((width, height), Image.Resampling.BICUBIC))
-
-    def save(name, image, **options):
-        paths.append(folder / name)
-        image.save(paths[-1], **options)
-
-    rgb = [Image.fromarray(pixels(*size)[..., :3]) for size in ((32, 32), (60, 91), (101, 64), (20, 15), (640, 801))]
-    for number, image in enumerate(rgb):
-        save(f"rgb_{number}.png", image)
-    save("rgba.png", Image.fromarray(pixels(50, 71)))
-    save("grey.png", rgb[1].convert("L"))
-    save("grey_alpha.png", Image.fromarray(pixels(50, 71)).convert("LA"))
-    save("grey_16_bit.png", Image.fromarray(random.integers(0, 65536, (40, 51)).astype(np.uint16)))
-    save("black_and_white.png", rgb[1].convert("1"))
-    save("palette.png", rgb[2].quantize(40))
-    save("palette_transparent.png", rgb[2].quantize(40), transparency=7)
-    save("rgb_transparent.png", rgb[0], transparency=rgb[0].getpixel((3, 4)))
-    for orientation in range(1, 9):
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        save(f"turned_{orientation}.png", rgb[1], exif=exif)
-        save(f"turned_{orientation}.jpg", rgb[1], exif=exif, quality=90)
-    save("grey.jpg", rgb[4].convert("L"))
-    save("progressive.jpg", rgb[4], progressive=True)
-    return paths
 
 
 def test_answers_as_python_does_on_every_kind_of_image(
@@ -199,12 +166,12 @@ def test_mistakes_get_one_line_and_exit_code_2(program, package, run_dir, tmp_pa
 
 
 def test_a_package_in_python(package, package_of_three, student, tmp_path):
-    classifier = PackageClassifier(package, CPU)
+    classifier = AotInductor(package, CPU)
     for count, path in ((1, package), (300, package), (7, package_of_three)):
         images = torch.randint(256, (count, 3, 32, 32)) / 255
         with torch.inference_mode():
             expected = student(models.normalize(student, images)).log_softmax(-1)
-        torch.testing.assert_close(PackageClassifier(path, CPU)(images), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(AotInductor(path, CPU)(images), expected, atol=1e-4, rtol=1e-4)
     pixels = torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8)
     with torch.inference_mode():
         expected = WithPreprocessing(student)(pixels)
@@ -218,7 +185,7 @@ def test_a_package_in_python(package, package_of_three, student, tmp_path):
         (package, torch.device("cuda", 0), "compiled for cpu, not cuda"),
     ):
         with pytest.raises(UserError, match=message):
-            PackageClassifier(path, device)
+            AotInductor(path, device)
     with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}):
         with pytest.raises(UserError, match=r"needs a C\+\+ compiler"):
             build_package(WithPreprocessing(student), classifier.classes, None, CPU, tmp_path / "student.pt2")

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 import export
-from common import latency, models
+from common import models
 from common.cli import UserError
 from common.images import load_folder
-from common.onnx_model import OnnxClassifier
+from common.runtimes import latency
+from common.runtimes.onnxruntime import OnnxRuntime
 from tests.conftest import launch
 
 
@@ -64,7 +65,7 @@ def test_a_graph_with_preprocessing_takes_what_a_camera_gives(run_dir, tmp_path)
     facts = json.loads((tmp_path / "benchmark.json").read_text())["fidelity"]
     images, labels, *_ = load_folder(run_dir / "support", 32)
     for name, found in facts.items():
-        answers = OnnxClassifier(tmp_path / f"student_{name.split()[1]}.onnx", torch.device("cpu"))(images)
+        answers = OnnxRuntime(tmp_path / f"student_{name.split()[1]}.onnx", torch.device("cpu"))(images)
         assert found["accuracy"]["mean"] == pytest.approx((answers.argmax(-1) == labels).double().mean().item())
     launch("evaluate.py", "--model", f"student={run_dir / 'student'}", f"camera={tmp_path / 'student_fp32.onnx'}",
            "--data_dir", run_dir / "generated", "--output_dir", tmp_path / "evaluation")  # fmt: skip
@@ -80,7 +81,7 @@ def test_a_fixed_batch_size_is_in_the_graph_and_any_number_of_images_can_be_aske
         assert [d.dim_value for d in shape.dim] == [3, 3, 32, 32]
     images, *_ = load_folder(run_dir / "generated", 32)
     student = models.load_model(str(run_dir / "student"))
-    answers = OnnxClassifier(tmp_path / "student_fp32.onnx", torch.device("cpu"))(images[:7])
+    answers = OnnxRuntime(tmp_path / "student_fp32.onnx", torch.device("cpu"))(images[:7])
     torch.testing.assert_close(answers, models.with_head(student)(images[:7]), atol=1e-4, rtol=1e-4)
     args = export.parse_args(["--model", str(run_dir / "student"), "--batch_size", "3", "--benchmark"])
     with pytest.raises(UserError, match="--benchmark_batch_sizes 3 alone"):
@@ -118,7 +119,7 @@ def test_reparameterized_students_are_plain_convolutions(tmp_path):
     kinds = {node.op_type for node in graph_of(tmp_path / "export" / "student_fp32.onnx").node}
     assert "Conv" in kinds and not kinds & {"BatchNormalization", "Add"}
     x = torch.rand(4, 3, 32, 32)
-    answers = OnnxClassifier(tmp_path / "export" / "student_fp32.onnx", torch.device("cpu"))(x)
+    answers = OnnxRuntime(tmp_path / "export" / "student_fp32.onnx", torch.device("cpu"))(x)
     torch.testing.assert_close(answers, models.with_head(student)(x), atol=1e-4, rtol=1e-3)
 
 
@@ -141,13 +142,7 @@ def test_every_runtime_is_compared_and_timed(run_dir, tmp_path):
         for row in facts["latency"]
     }
     assert len(rows) == len(facts["latency"]) == 5 * 2 * 2
-    student = models.count_flops(models.load_model(str(run_dir / "student")))
-    teacher = models.count_flops(models.load_model("assets/teacher"))
-    for key, row in rows.items():  # the yardstick of a batch size is one: shares go as operations a second
-        other = rows[("student", "torch", "fp32") + key[3:]]
-        flops = student if key[0] == "student" else teacher
-        expected = flops * row["images_per_second"] / (student * other["images_per_second"])
-        assert row["share_of_matmul"] / other["share_of_matmul"] == pytest.approx(expected)
+    for row in rows.values():
         assert row["images_per_second"] == pytest.approx(row["batch_size"] / row["median_ms"] * 1000)
     page = (tmp_path / "report.html").read_text()
     assert "Accuracy against latency" in page

@@ -216,7 +216,7 @@ def write_files(name, folder, options=()):
         student.train()(torch.randn(16, 3, 64, 64))
     args = export.parse_args(["--output_dir", str(folder), "--precision", *PRECISIONS, *options])
     images = torch.rand(24, 3, 64, 64)
-    files, _ = export.write_files(reparameterize_model(student.eval()), ["a", "b"], args, images, torch.device("cpu"))
+    files = export.write_onnx(reparameterize_model(student.eval()), ["a", "b"], args, images)
     return {precision: onnx.load(path) for precision, path in files.items()}
 
 

@@ -6,16 +6,13 @@ The file's metadata say all that a program needs beside it, without the need to 
 
 import copy
 import logging
-from pathlib import Path
 
 import torch
-from torch._inductor.cpp_builder import get_cpp_compiler
-from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
 
 from common.cli import UserError
 from common.models import input_size
-from common.onnx_model import ExportedClassifier
 from common.records import whole_file
+from common.runtimes.base import Runtime, WithPreprocessing
 
 
 def build_package(module, classes, batch_size, device, path, max_batch_size=256):
@@ -30,6 +27,9 @@ def build_package(module, classes, batch_size, device, path, max_batch_size=256)
     Raises:
         UserError: no C++ compiler, or one that cannot compile the model.
     """
+    from torch._inductor.cpp_builder import get_cpp_compiler  # takes a second to import
+    from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
+
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:
@@ -64,20 +64,26 @@ def build_package(module, classes, batch_size, device, path, max_batch_size=256)
         raise UserError(f"{path} cannot be compiled: {error.inner_exception}") from error
 
 
-class PackageClassifier(ExportedClassifier):
-    """A package in Python; `prepare` and `run` take and give tensors on the CPU.
+class AotInductor(Runtime):
+    """A package, on the kind of device that it was compiled for.
 
-    Args:
-        device: the torch device that it was compiled for.
     Raises:
-        UserError: no such file, not one of `build_package`, or one for another kind of device.
+        UserError: not a file of `build_package`, or one for another kind of device.
     """
 
-    includes_preprocessing = True
+    suffix, includes_preprocessing = ".pt2", True
 
-    def __init__(self, path, device):
-        if not Path(path).is_file():
-            raise UserError(f"{path}: no such file. export.py writes it.")
+    @classmethod
+    def build(cls, student):
+        module, options = WithPreprocessing(student.model).eval(), student.options
+        path = student.folder / "student.pt2"
+        build_package(module, student.classes, options.batch_size, student.device, path, options.max_batch_size)
+
+    @classmethod
+    def sources(cls, student, device):
+        return {"fp32": student.folder / "student.pt2"} if device == student.device else {}
+
+    def __init__(self, path, device, num_threads=None):
         try:
             package = torch._inductor.aoti_load_package(str(path), device_index=device.index or -1)
             metadata = package.get_metadata()
@@ -92,9 +98,6 @@ class PackageClassifier(ExportedClassifier):
             raise UserError(f"{path} was compiled for {compiled_for}, not {device.type}: export it again.")
         self.fixed = smallest == self.max_batch_size
         self.loader, self.device = package.loader, device  # a call of the package itself parses JSON each time
-
-    def prepare(self, images):
-        return torch.from_numpy(super().prepare(images))
 
     def run(self, inputs):
         return self.loader.run([inputs.to(self.device)])[0].cpu()

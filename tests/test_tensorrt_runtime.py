@@ -15,9 +15,9 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from common import tensorrt_engine
 from common.cli import UserError
-from common.onnx_model import OnnxClassifier
+from common.runtimes import tensorrt
+from common.runtimes.onnxruntime import OnnxRuntime
 
 API = json.loads((Path(__file__).parent / "data" / "tensorrt_api.json").read_text())["classes"]
 STREAM = 4711  # a handle that is not the default stream's, which is 0
@@ -261,26 +261,26 @@ def test_an_engine_answers_as_its_onnx_file(install, tmp_path, batch_size, prepr
     """Whatever the number of images; of a fixed batch size too, which has no profile; on a stream of its own."""
     calls = install(version=version)
     source = write_classifier(tmp_path / "student.onnx", batch_size, preprocessing)
-    tensorrt_engine.build_engine(source, tmp_path / "student.engine", 2, 4, 64)
+    tensorrt.build_engine(source, tmp_path / "student.engine", 2, 4, 64)
     made = dict(call[:2] for call in calls)
     assert made["create_network"] == (0 if version.startswith("11") else 2)  # bit 1, STRONGLY_TYPED
     assert ("set_memory_pool_limit", 0, 64 * 2**20) in calls
     rest = [4, 6, 3] if preprocessing else [3, 4, 6]
     assert made.get("add_optimization_profile") == (None if batch_size else [[1, *rest], [2, *rest], [4, *rest]])
     images = torch.rand(7, 3, 4, 6)
-    classifier = tensorrt_engine.EngineClassifier(tmp_path / "student.engine", Cuda("cpu"))
+    classifier = tensorrt.TensorRT(tmp_path / "student.engine", Cuda("cpu"))
     assert classifier.classes == ["a", "b", "c"] and classifier.max_batch_size == (batch_size or 4)
-    expected = OnnxClassifier(source, torch.device("cpu"))(images)
+    expected = OnnxRuntime(source, torch.device("cpu"))(images)
     torch.testing.assert_close(classifier(images), expected)
     assert calls.count(("execute_async_v3", STREAM)) == (3 if batch_size else 2)
 
 
 def test_more_images_than_the_engine_takes_are_refused(install, tmp_path):
     install()
-    tensorrt_engine.build_engine(write_classifier(tmp_path / "a.onnx"), tmp_path / "a.engine", 1, 2, 64)
-    classifier = tensorrt_engine.EngineClassifier(tmp_path / "a.engine", Cuda("cpu"))
+    tensorrt.build_engine(write_classifier(tmp_path / "a.onnx"), tmp_path / "a.engine", 1, 2, 64)
+    classifier = tensorrt.TensorRT(tmp_path / "a.engine", Cuda("cpu"))
     with pytest.raises(RuntimeError, match="could not run"):
-        classifier.run(np.zeros((3, 3, 4, 6), np.float32))
+        classifier.run(torch.zeros(3, 3, 4, 6))
 
 
 def test_the_timing_cache_is_read_and_written(install, tmp_path):
@@ -290,7 +290,7 @@ def test_the_timing_cache_is_read_and_written(install, tmp_path):
 
     def build(*options, **machine):
         calls = install(**machine)
-        tensorrt_engine.build_engine(source, engine, 1, 1, 64, *options)
+        tensorrt.build_engine(source, engine, 1, 1, 64, *options)
         return dict(call[:2] for call in calls)["build_serialized_network"]
 
     assert build() == b"11.4.0 a" and cache.read_bytes() == b"11.4.0 a timed"
@@ -316,7 +316,7 @@ def test_what_fails_says_why_and_leaves_no_engine(install, tmp_path, machine, me
     install(**machine)
     source = write_classifier(tmp_path / "student.onnx")
     with pytest.raises(UserError, match=message):
-        tensorrt_engine.build_engine(source, tmp_path / "student.engine", 1, 1, 64)
+        tensorrt.build_engine(source, tmp_path / "student.engine", 1, 1, 64)
     assert [path.name for path in tmp_path.iterdir()] == ["student.onnx"]
 
 
@@ -324,38 +324,38 @@ def test_without_tensorrt_the_message_says_what_to_install(monkeypatch, tmp_path
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     source = write_classifier(tmp_path / "student.onnx")
     with pytest.raises(UserError, match=r"pip install tensorrt \(CUDA 13\).*nvidia-jetpack.*trtexec --onnx=.*--minS"):
-        tensorrt_engine.build_engine(source, tmp_path / "student.engine", 1, 1, 64)
+        tensorrt.build_engine(source, tmp_path / "student.engine", 1, 1, 64)
 
 
 def test_engines_that_cannot_be_run_here(install, tmp_path):
     install()
     engine = tmp_path / "student.engine"
-    tensorrt_engine.build_engine(write_classifier(tmp_path / "student.onnx"), engine, 1, 1, 64)
+    tensorrt.build_engine(write_classifier(tmp_path / "student.onnx"), engine, 1, 1, 64)
     with pytest.raises(UserError, match="needs an NVIDIA GPU"):
-        tensorrt_engine.EngineClassifier(engine, torch.device("cpu"))
+        tensorrt.TensorRT(engine, torch.device("cpu"))
     for machine in ({"version": "11.5.0"}, {"gpu": "b"}):
         install(**machine)
         with pytest.raises(UserError, match="another TensorRT or for another GPU"):
-            tensorrt_engine.EngineClassifier(engine, Cuda("cpu"))
+            tensorrt.TensorRT(engine, Cuda("cpu"))
     (tmp_path / "student.engine.json").unlink()
     with pytest.raises(UserError, match="json is missing"):
-        tensorrt_engine.EngineClassifier(engine, Cuda("cpu"))
+        tensorrt.TensorRT(engine, Cuda("cpu"))
 
 
 def test_trtexec_builds_and_times_the_same_engine(tmp_path):
     source = write_classifier(tmp_path / "a.onnx", preprocessing=True)
-    command = tensorrt_engine.trtexec_command(source, "a.engine", 2, 4, 64, "timing.cache")
+    command = tensorrt.trtexec_command(source, "a.engine", 2, 4, 64, "timing.cache")
     assert command == [
         "trtexec", f"--onnx={source}", "--saveEngine=a.engine", "--stronglyTyped", "--minShapes=images:1x4x6x3",
         "--optShapes=images:2x4x6x3", "--maxShapes=images:4x4x6x3", "--memPoolSize=workspace:64",
         "--timingCacheFile=timing.cache", "--skipInference",
     ]  # fmt: skip
-    timing = tensorrt_engine.trtexec_timing_command(source, "a.engine", 2, cuda_graph=True)
+    timing = tensorrt.trtexec_timing_command(source, "a.engine", 2, cuda_graph=True)
     assert {"--loadEngine=a.engine", "--shapes=images:2x4x6x3", "--duration=10", "--useCudaGraph"} < set(timing)
     fixed = write_classifier(tmp_path / "b.onnx", batch_size=3)
     commands = [
-        tensorrt_engine.trtexec_command(fixed, "b.engine", 3, 3, 64, "timing.cache"),
-        tensorrt_engine.trtexec_timing_command(fixed, "b.engine", 3),
+        tensorrt.trtexec_command(fixed, "b.engine", 3, 3, 64, "timing.cache"),
+        tensorrt.trtexec_timing_command(fixed, "b.engine", 3),
     ]
     assert not any("hapes" in argument for command in commands for argument in command)
     for arguments in [command, timing, *commands]:

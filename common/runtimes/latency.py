@@ -7,17 +7,6 @@ import numpy as np
 import torch
 
 
-def matrix_product(device, side=1024):
-    """A function that multiplies two matrices in single precision, and its operations: the machine's yardstick."""
-    a, b = torch.rand(2, side, side, device=device)
-
-    def call():
-        product = a @ b
-        return product[0, 0].item()  # waits for the device
-
-    return call, 2 * side**3
-
-
 def benchmark(functions, min_calls=200, min_seconds=2.0):
     """The time that each call takes, of functions that take turns, so that whatever else the machine does meets them
     alike: a turn is a tenth of a second, and its first calls are not counted, for the caches and the waiting threads of
@@ -42,35 +31,29 @@ def benchmark(functions, min_calls=200, min_seconds=2.0):
     return seconds
 
 
-def latency(found, flops, batch_sizes, shape, num_threads):
+def latency(found, batch_sizes, shape, num_threads):
     """Rows of {model, runtime, precision, device, threads, batch_size, calls, median_ms, p90_ms, p99_ms,
-    images_per_second, share_of_matmul}: the models on the same random images, copied to the device and back.
+    images_per_second}: the models on the same random images, copied to the device and back.
 
     Args:
-        found: {(model, runtime, precision, device): classifier}. flops: {model: operations an image}.
+        found: {(model, runtime, precision, device): a `Runtime`}. shape: of an image, (3, H, W).
     """
     rows, keys = [], ("model", "runtime", "precision", "device")
-    devices = {device for *_, device in found}
     for batch_size in batch_sizes:
         images = torch.rand(batch_size, *shape, generator=torch.Generator().manual_seed(0))
-        functions = {key: partial(c.run, c.prepare(images)) for key, c in found.items()}
-        yardsticks = {device: matrix_product(device) for device in devices}
-        times = benchmark(functions | {device: call for device, (call, _) in yardsticks.items()})
-        for key in functions:
-            model, *_, device = key
-            median, p90, p99 = np.percentile(times[key], [50, 90, 99])
-            rate = yardsticks[device][1] / np.median(times[device])
+        times = benchmark({key: partial(runtime.run, runtime.prepare(images)) for key, runtime in found.items()})
+        for key, seconds in times.items():
+            median, p90, p99 = np.percentile(seconds, [50, 90, 99])
             rows.append(
                 dict(zip(keys, key))
                 | {
                     "threads": num_threads,
                     "batch_size": batch_size,
-                    "calls": len(times[key]),
+                    "calls": len(seconds),
                     "median_ms": 1e3 * median,
                     "p90_ms": 1e3 * p90,
                     "p99_ms": 1e3 * p99,
                     "images_per_second": batch_size / median,
-                    "share_of_matmul": flops[model] * batch_size / median / rate,
                 }
             )
     return rows

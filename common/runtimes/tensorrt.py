@@ -11,8 +11,8 @@ import onnx
 import torch
 
 from common.cli import UserError
-from common.onnx_model import ExportedClassifier
 from common.records import read_json, whole_file, write_json
+from common.runtimes.base import Runtime
 
 
 def import_tensorrt(ready):
@@ -136,14 +136,29 @@ def spec(shape):
     return f"images:{'x'.join(map(str, shape))}"
 
 
-class EngineClassifier(ExportedClassifier):
-    """An engine that `build_engine` wrote.
+class TensorRT(Runtime):
+    """An engine that `build_engine` wrote, of the last of the precisions asked for.
 
     Raises:
         UserError: no TensorRT, no GPU, an engine of another TensorRT version or GPU, or one without its metadata.
     """
 
-    def __init__(self, path, device):
+    suffix = ".engine"
+
+    @classmethod
+    def build(cls, student):
+        source, path, options = list(student.onnx.values())[-1], student.folder / "student.engine", student.options
+        cache = Path(options.timing_cache or student.folder / "timing.cache")
+        settings = options.opt_batch_size, options.max_batch_size, options.workspace_mib, cache
+        print(shlex.join(trtexec_command(source, path, *settings)))
+        print(shlex.join(trtexec_timing_command(source, path, options.opt_batch_size)))
+        build_engine(source, path, *settings)
+
+    @classmethod
+    def sources(cls, student, device):
+        return {list(student.onnx)[-1]: student.folder / "student.engine"} if device.type == "cuda" else {}
+
+    def __init__(self, path, device, num_threads=None):
         facts = Path(f"{path}.json")
         if not facts.is_file():
             raise UserError(f"{facts} is missing: export.py writes it beside the engine.")
@@ -166,7 +181,7 @@ class EngineClassifier(ExportedClassifier):
     def run(self, inputs):
         output = "probabilities" if self.includes_preprocessing else "logits"
         with torch.cuda.stream(self.stream):
-            inputs = torch.from_numpy(inputs).to(self.device)
+            inputs = inputs.to(self.device)
             answers = torch.empty(len(inputs), len(self.classes), device=self.device)
             ready = (
                 self.context.set_input_shape("images", tuple(inputs.shape))
