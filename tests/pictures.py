@@ -1,12 +1,12 @@
 """Image files of every kind that people have, and odd ones: what Python and C++ have to read alike."""
 
 import io
+import itertools
 import struct
 import zlib
 
 import numpy as np
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 ORIENTATION = 0x0112
 XMP = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description {}/></x:xmpmeta>'
@@ -62,7 +62,7 @@ def png(pixels, depth, before=(), after=(), interlaced=False, pieces=1):
     parts = [pixels[row::down, column::right] for row, column, down, right in grids]
     data = zlib.compress(b"".join(packed(part.reshape(len(part), -1), depth) for part in parts if part.size))
     cuts = [len(data) * i // pieces for i in range(pieces + 1)]
-    body = [chunk(b"IDAT", data[a:b]) for a, b in zip(cuts, cuts[1:])]
+    body = [chunk(b"IDAT", data[a:b]) for a, b in itertools.pairwise(cuts)]
     head = chunk(b"IHDR", struct.pack(">LLBBBBB", width, height, depth, colour, 0, 0, interlaced))
     return b"".join([b"\x89PNG\r\n\x1a\n", head, *before, *body, *after, chunk(b"IEND")])
 
@@ -147,7 +147,6 @@ def save_pictures(folder):
     ):
         save(f"{name}.png", png(pixels, 8, chunks))
         save(f"{name}_at_the_end.png", png(pixels, 8, after=chunks))
-    save("comment.png", wide, pnginfo=(info := PngInfo()) or info)
     packet = 0xE1, b"http://ns.adobe.com/xap/1.0/\0" + xmp(6).encode()
     for name, *segments in (
         ("exif_after_xmp", packet, (0xE1, b"Exif\0\0" + tiff(3))),
@@ -168,7 +167,12 @@ def save_pictures(folder):
     save("cmyk_unmarked.jpg", jpeg(wide.convert("CMYK"), without=0xEE, quality=95))
     save("two_photos.jpg", jpeg(wide, quality=90) + jpeg(rgb[0], quality=90))
     save("trailing.jpg", jpeg(wide, quality=90) + b"trailing bytes" * 20)
-    for name, tail in (("zeros", bytes(100)), ("text", b"trailing bytes"), ("length", b"\xff" * 12), ("png", png(rgba, 8))):
+    for name, tail in (
+        ("zeros", bytes(100)),
+        ("text", b"trailing bytes"),
+        ("length", b"\xff" * 12),
+        ("png", png(rgba, 8)),
+    ):
         save(f"trailing_{name}.png", png(pixels, 8) + tail)
     for size in ((1, 1), (1, 40), (40, 1), (2, 3)):
         for mode, ending in (("RGB", "png"), ("LA", "png"), ("P", "png"), ("RGB", "jpg")):
