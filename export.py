@@ -221,6 +221,8 @@ def verdict(fidelity):
     """The first line of the report: what costs accuracy, and what loss so many images cannot rule out. `fidelity` is
     {name: facts of `compare`}."""
     changes = {name: facts.get("accuracy_change") for name, facts in fidelity.items()}
+    if not changes:
+        return "Nothing was compared."
     if not all(changes.values()):
         return "Accuracy was not compared: give labelled images with --query_dir."
     count = max(facts["accuracy"]["count"] for facts in fidelity.values())
@@ -342,20 +344,34 @@ def main(args):
     if not accelerator.is_main_process:
         return  # one process exports; a second would only disturb its timing
     device, cpu, output_dir = accelerator.device, torch.device("cpu"), Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
     model = reparameterize_model(models.load_model(args.model))  # RepVGG and its kind become plain convolutions
+    try:
+        flops = {"student": models.count_flops(model)}
+    except (RuntimeError, AssertionError, IndexError) as error:  # what layers raise, and timm's checks
+        size = "x".join(map(str, models.input_size(model)))
+        raise UserError(
+            f"{args.model} takes no images of {size}, the size in its config.json ({error}): distil it anew, without "
+            "--student_image_size."
+        ) from error
+    output_dir.mkdir(parents=True, exist_ok=True)
     images, queries, labels = read_images(args, model, classes)
     student = Student(model, classes, write_onnx(model, classes, args, images), output_dir, device, args)
     unbuilt = {name: error for name in args.runtime if (error := build(RUNTIMES[name], student))}
 
     reference = PyTorch(model, cpu)(queries)
-    results = {"kind": "export", "num_images": len(queries), "fidelity": {}, "latency": [], "accuracy": {}}
-    results["flops"] = {"student": models.count_flops(model)}
+    results = {
+        "kind": "export",
+        "num_images": len(queries),
+        "fidelity": {},
+        "latency": [],
+        "accuracy": {},
+        "flops": flops,
+    }
     if labels is not None:
         results["accuracy"]["student torch"] = accuracy(reference.argmax(-1) == labels)
     teacher = models.load_model(args.teacher, image_size=args.teacher_image_size) if args.teacher else None
     if teacher:
-        results["flops"]["teacher"] = models.count_flops(teacher)
+        flops["teacher"] = models.count_flops(teacher)
         if labels is not None and args.support_dir:
             results["accuracy"]["teacher torch"] = teacher_accuracy(teacher, args, classes)
 

@@ -310,9 +310,22 @@ def weights_of(name_or_path, checkpoint=None):
 
 
 def class_names(name_or_path):
-    """The class names in a model folder's `config.json`, or None."""
-    config = Path(name_or_path) / "config.json"
-    return json.loads(config.read_text()).get("label_names") if config.is_file() else None
+    """The class names in a model folder's `config.json`, or None.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = Path(name_or_path) / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_text())
+        names = config.get("label_names")
+        if names is not None and [str(name) for name in names] != names:
+            raise ValueError("label_names should be a list of words")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}): distil the student again, or copy the file anew.") from error
+    return names
 
 
 def input_size(model):

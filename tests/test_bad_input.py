@@ -245,10 +245,35 @@ def test_export_of_something_else(folder):
     assert "is no folder of a trained student" in rejected("export.py", "--model", folder / "support")
 
 
+def damaged(student, folder, **changes):
+    """A copy of a student's folder with other entries in its config.json."""
+    shutil.copytree(student, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+def test_damaged_configurations(run_dir, tmp_path):
+    """In export and evaluation: half a file, other JSON, names that are none; in export, a wrong size."""
+    half = damaged(run_dir / "student", tmp_path / "half")
+    (half / "config.json").write_text((half / "config.json").read_text()[:100])
+    lists = damaged(run_dir / "student", tmp_path / "list")
+    (lists / "config.json").write_text("[1]")
+    names = damaged(run_dir / "student", tmp_path / "names", label_names={"a": 1})
+    for folder in (half, lists, names):
+        for command in (["export.py", "--model"], ["evaluate.py", "--data_dir", run_dir / "support", "--model"]):
+            err = rejected(*command, folder, "--output_dir", tmp_path / "out")
+            assert "config.json is damaged" in err
+    config = json.loads((run_dir / "student" / "config.json").read_text())["pretrained_cfg"]
+    other = damaged(run_dir / "student", tmp_path / "size", pretrained_cfg=config | {"input_size": [3, 64, 64]})
+    err = rejected("export.py", "--model", other, "--output_dir", tmp_path / "out")
+    assert "takes no images of 64x64, the size in its config.json" in err
+
+
 def test_int8_without_images_and_tensorrt_without_tensorrt(run_dir, tmp_path):
     options = ("--model", run_dir / "student", "--output_dir", tmp_path)
     for wrong, message in (
-        (["--precision", "int8"], "needs --data_dir"),
+        (["--precision", "int8"], "needs images to calibrate on"),
         (["--precision", "int8", "--runtime", "tensorrt"], "an engine wants int8_tensorrt"),
         (["--opt_batch_size", "9", "--max_batch_size", "8"], "above --max_batch_size 8"),
         (["--benchmark", "--benchmark_batch_sizes", "300"], "raise --max_batch_size"),
