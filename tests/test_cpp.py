@@ -16,6 +16,7 @@ from PIL import Image
 from common import models
 from common.cli import UserError
 from common.images import load_image
+from common.runtimes import open_exported
 from common.runtimes.aotinductor import AotInductor, build_package
 from common.runtimes.base import WithPreprocessing
 from tests.conftest import ROOT
@@ -186,7 +187,7 @@ def test_a_package_in_python(package, package_of_three, student, tmp_path):
         (package, torch.device("cuda", 0), "compiled for cpu, not cuda"),
     ):
         with pytest.raises(UserError, match=message):
-            AotInductor(path, device)
+            open_exported(path, device)
     with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}):
         with pytest.raises(UserError, match=r"needs a C\+\+ compiler"):
             build_package(WithPreprocessing(student), classifier.classes, None, CPU, tmp_path / "student.pt2")
