@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
@@ -36,11 +35,11 @@ from common.cli import (
     run,
     share,
 )
-from common.images import as_tensor, find_images, list_images, open_image
+from common.images import find_images, list_images, load_image, open_image
 from common.processes import generator, seeded, start
 from common.records import check_settings, fingerprint, settings_of, whole_file, write_json
 from common.shards import list_samples, open_samples
-from common.teachers import SPECIALISATIONS, augmentation, load_teacher
+from common.teachers import SPECIALISATIONS, augmentation, for_views, load_teacher
 
 TRAIN_DIR = "outputs/demo/generated"
 UNKNOWN = -1  # the label of an image that nobody has labelled
@@ -162,15 +161,11 @@ def list_others(args):
     return train_dir, find_images(args.unlabeled_dir) if args.unlabeled_dir else []
 
 
-def open_others(train_dir, unlabeled, classes, side):
-    """(PIL image, label) of a folder of labelled images and of files of unlabelled ones, no larger than `side`."""
-    others = [(image, classes.index(row["label"])) for row, image in open_samples(train_dir)] if train_dir else []
-    others += [(open_image(path), UNKNOWN) for path in unlabeled]
-    return [(at_most(image, side), label) for image, label in others]
-
-
-def at_most(image, side):
-    return image if image.width <= side else image.resize((side, side), Image.Resampling.BICUBIC)
+def open_others(train_dir, unlabeled, classes, size, args):
+    """(PIL image, label) of a folder of labelled images and of files of unlabelled ones, ready to make views of."""
+    labeled = open_samples(train_dir) if train_dir else []
+    others = [(for_views(image, size, args), classes.index(row["label"])) for row, image in labeled]
+    return others + [(for_views(open_image(path), size, args), UNKNOWN) for path in unlabeled]
 
 
 def answering(teacher, args):
@@ -310,17 +305,15 @@ def main(args):
         return
 
     labels = torch.tensor([label for label, group in enumerate(by_class.values()) for _ in group])
-    pictures = [open_image(path) for path in paths]
-    teacher = load_teacher(args, pictures, labels, accelerator.device)
+    teacher = load_teacher(args, map(open_image, paths), labels, accelerator.device)
     student, is_trained = models.load_student(args, len(classes))
     if is_trained:
-        supports = torch.stack([as_tensor(picture, models.input_size(student)[0]) for picture in pictures])
+        supports = torch.stack([load_image(path, models.input_size(student)[0]) for path in paths])
         imprint(student, supports, labels, args.teacher_scale)
 
     size = max(models.input_size(teacher) + models.input_size(student))
-    side = math.ceil(size / math.sqrt(args.min_crop))  # so that the smallest crop need not be enlarged
-    supports = [(at_most(picture, side), label) for picture, label in zip(pictures, labels.tolist())]
-    others = open_others(train_dir, unlabeled, classes, side)
+    supports = [(for_views(open_image(path), size, args), label) for path, label in zip(paths, labels.tolist())]
+    others = open_others(train_dir, unlabeled, classes, size, args)
     views = Views(supports, others, len(classes), args.support_ratio, augmentation(size, args), args.seed)
     student, losses = train(student, teacher, views, args, accelerator, settings)
 

@@ -3,7 +3,18 @@
 import argparse
 import errno
 import math
+import os
 import sys
+from functools import cache
+from pathlib import Path
+
+MAKES = {  # what the scripts read by default, and the command that writes it
+    "outputs/demo/support": "python -m common.datasets",
+    "outputs/demo/query": "python -m common.datasets",
+    "outputs/demo/inversion": "python tint_invert.py",
+    "outputs/demo/generated": "python tint_generate.py",
+    "outputs/demo/student": "python distill.py",
+}
 
 
 class UserError(Exception):
@@ -31,6 +42,29 @@ def run(main, parse_args):
 def fail(message, code):
     print(f"error: {message}", file=sys.stderr)
     return code
+
+
+@cache
+def note(message):
+    """Says something that the user should know on stderr: once, and in the first process only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr)
+
+
+def require_folder(folder, content):
+    """The path of a folder of inputs.
+
+    Args:
+        content: a sentence that says what it should hold.
+    Raises:
+        UserError: there is none. Where it is a default, the message names the command that makes it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        command = MAKES.get(folder.as_posix())
+        made = f" `{command}` makes it, here where you start the scripts." if command else ""
+        raise UserError(f"{folder}: no such folder. {content}{made}")
+    return folder
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

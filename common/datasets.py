@@ -200,12 +200,15 @@ def write_images(dataset, chosen, folder):
     """Writes {class name: references} as image folders, which appear whole: files as they are, others as PNG."""
     with whole_folder(folder) as temporary:
         for name, references in chosen.items():
-            (temporary / name).mkdir()
+            (temporary / name).mkdir(parents=True, exist_ok=True)
             for reference in references:
+                target = temporary / name / (reference.name if isinstance(reference, Path) else f"{reference}.png")
+                if target.exists():  # of another folder of the class
+                    target = target.with_stem(f"{target.stem}-{len(list(target.parent.iterdir()))}")
                 if isinstance(reference, Path):
-                    shutil.copyfile(reference, temporary / name / reference.name)
+                    shutil.copyfile(reference, target)
                 else:
-                    dataset.open(name, reference).save(temporary / name / f"{reference}.png")
+                    dataset.open(name, reference).save(target)
 
 
 def write_supports(dataset, num_ways, num_shots, seed, index, folder):

@@ -1,46 +1,92 @@
-"""Image folders (`DIR/<class>/*.png|jpg|webp`, the layout of torchvision's ImageFolder), loading, and picture grids."""
+"""Image folders (`DIR/<class>/`, the layout of torchvision's ImageFolder), the way from a file to a model's input, and
+picture grids."""
 
 import io
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.transforms.v2 import functional as TF
 
-from common.cli import UserError
+from common.cli import UserError, note, require_folder
 from common.records import whole_file
 
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp"}
+with suppress(ImportError):
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+
+# Of what Pillow reads, what photographs and drawings are stored in: other formats are no images, or start programs.
+FORMATS = ["AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD", "QOI", "SGI",
+           "TGA", "TIFF", "WEBP"]  # fmt: skip
+EXTENSIONS = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
+FORMATS = [name for name in FORMATS if name in Image.OPEN]  # AVIF and HEIF, where they are built in or installed
 FONT = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")  # has Greek, Cyrillic, ...
+HINTS = dict.fromkeys((".heic", ".heif", ".hif"), " (to read them: pip install pillow-heif)")
+
+
+def list_files(folder):
+    """The files below a folder in the order of their names, those in hidden folders and hidden ones left out. Links are
+    followed, and a folder that several lead to is entered once."""
+    entered = set()
+
+    def below(folder):
+        if folder.resolve() in entered:
+            return
+        entered.add(folder.resolve())
+        for path in sorted(folder.iterdir()):
+            if path.is_dir() and not path.name.startswith("."):
+                yield from below(path)
+            elif not path.name.startswith("."):
+                yield path
+
+    return below(Path(folder))
+
+
+def only_images(paths, folder):
+    """Those of the paths that are image files; one line says how many others were left out, and of which kind."""
+    images, others = [], Counter()
+    for path in paths:
+        suffix = path.suffix.lower()
+        if not path.is_file():
+            others["links to nothing"] += 1
+        elif suffix in EXTENSIONS:
+            images.append(path)
+        else:
+            others[(suffix or "without extension") + HINTS.get(suffix, "")] += 1
+    if others:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()))
+        note(f"{folder}: left out {kinds}")
+    return images
 
 
 def list_images(folder, classes=None):
-    """{class name: [paths of its images]} of a folder of class folders, sorted by name.
+    """{class name: [paths of its images, in folders below it too]} of a folder of class folders, sorted by name.
 
     Args:
         classes: the classes that the folder must have, and their order; default all that it has.
     Raises:
         UserError: no such folder, no class folders, other classes, or a class folder without an image.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder. It should hold one folder of images per class.")
+    folder = require_folder(folder, "It should hold one folder of images per class.")
     found = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not found:
         raise UserError(f"{folder} holds no class folders. It should hold one folder of images per class.")
+    for name in found:
+        if not name.isprintable():  # and with that also: not UTF-8
+            raise UserError(f"{folder} has a class folder {name!r}: a class needs a name that can be printed.")
     if classes is not None and set(found) != set(classes):
         raise UserError(
             f"The class folders of {folder} are not the wanted classes: "
             f"missing {sorted(set(classes) - set(found))}, unknown {sorted(set(found) - set(classes))}."
         )
-    images = {
-        name: sorted(
-            p for p in (folder / name).iterdir() if p.suffix.lower() in EXTENSIONS and not p.name.startswith(".")
-        )
-        for name in classes or found
-    }
+    files = {name: list(list_files(folder / name)) for name in classes or found}
+    kept = set(only_images([path for paths in files.values() for path in paths], folder))
+    images = {name: [path for path in paths if path in kept] for name, paths in files.items()}
     for name, paths in images.items():
         if not paths:
             raise UserError(f"{folder / name} holds no image ({', '.join(sorted(EXTENSIONS))}): add some or remove it.")
@@ -48,55 +94,58 @@ def list_images(folder, classes=None):
 
 
 def find_images(folder):
-    """The paths of all images below a folder, sorted.
+    """The paths of all images below a folder, in the order of their names.
 
     Raises:
         UserError: no such folder, or no image in it.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder. It should hold images.")
-    hidden = [part for part in folder.parts if part.startswith(".")]
-    paths = sorted(
-        p
-        for p in folder.rglob("*")
-        if p.suffix.lower() in EXTENSIONS and [part for part in p.parts if part.startswith(".")] == hidden
-    )
+    folder = require_folder(folder, "It should hold images.")
+    paths = only_images(list_files(folder), folder)
     if not paths:
         raise UserError(f"{folder} holds no image ({', '.join(sorted(EXTENSIONS))}).")
     return paths
 
 
-def open_image(path, size=None):
-    """The image as an RGB PIL image: the central square, upright as its EXIF data say, transparent parts white, 16-bit
-    grey scaled to 8; resized with antialiasing to `size` x `size` if given.
+def open_image(path):
+    """The image as an RGB PIL image: upright as its EXIF data say, transparent parts white, 16-bit grey scaled to 8.
 
     Raises:
         UserError: the file cannot be read as an image.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
+            image.load()
+            with suppress(Exception):  # data that cannot be read say nothing
+                image.getexif()
+            for name in ("exif", "Raw profile type exif"):
+                image.info.pop(name, None)  # read by now; else they are written back when the image turns: it may fail
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):  # Pillow's own conversion would clip at 255
                 image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            if image.mode == "F":
+                raise ValueError("its pixels are floating-point numbers of unknown range")
+            if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return image.convert("RGB")
+    except Exception as error:  # Pillow's decoders raise all kinds on damaged files
         raise UserError(f"{path} cannot be read as an image ({error}): replace or remove it.") from error
-    return ImageOps.fit(image, [size or min(image.size)] * 2, Image.Resampling.BICUBIC)
+
+
+def square(image, size=None):
+    """The central square of a PIL image, resized at once, with antialiasing, to `size` x `size` if given."""
+    return ImageOps.fit(image.convert("RGB"), [size or min(image.size)] * 2, Image.Resampling.BICUBIC)
 
 
 def as_tensor(image, size=None):
-    """A PIL image as a float tensor [3, size, size] in [0, 1]: its central square, resized with antialiasing."""
-    image = ImageOps.fit(image.convert("RGB"), [size or min(image.size)] * 2, Image.Resampling.BICUBIC)
-    return TF.to_dtype(TF.to_image(image), torch.float32, scale=True)
+    """`square` as a float tensor [3, size, size] in [0, 1]. From a file to a model's input this is the one way, and
+    the C++ program's."""
+    return TF.to_dtype(TF.to_image(square(image, size)), torch.float32, scale=True)
 
 
 def load_image(path, size=None):
     """`open_image` as a float tensor [3, size, size] in [0, 1]."""
-    return as_tensor(open_image(path, size))
+    return as_tensor(open_image(path), size)
 
 
 def load_folder(folder, size=None, classes=None):

@@ -142,7 +142,7 @@ def fingerprint(paths):
     """What stands for the contents of files in a record: a hash of their names and bytes, in order."""
     digest = hashlib.sha256()
     for path in map(Path, paths):
-        digest.update(f"{path.name}/{path.stat().st_size}/".encode())
+        digest.update(f"{path.name}/{path.stat().st_size}/".encode(errors="surrogateescape"))
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -6,7 +6,7 @@ import tarfile
 from pathlib import Path
 
 from common.cli import UserError
-from common.images import list_images, open_image
+from common.images import list_images, open_image, square
 from common.records import read_json_lines, whole_file
 
 
@@ -58,7 +58,7 @@ def open_samples(folder, size=None, wanted=None):
     Images that metadata.jsonl does not know have rows of `file_name` and `label`.
 
     Args:
-        size: side of the square that all are resized to; None keeps sizes. wanted: file names; default: all.
+        size: side of the central square that all become; None keeps them as they are. wanted: file names; default: all.
     Raises:
         UserError: neither kind of folder, or an image or shard cannot be read.
     """
@@ -66,16 +66,18 @@ def open_samples(folder, size=None, wanted=None):
     shards = sorted(folder.glob("*.tar"))
     for row, source in read_shards(shards) if shards else read_folder(folder):
         if wanted is None or row["file_name"] in wanted:
-            yield row, open_image(source, size)
+            image = open_image(source)
+            yield row, square(image, size) if size else image
 
 
 def read_folder(folder):
     metadata = folder / "metadata.jsonl"
-    known = {row["file_name"]: row for row in read_json_lines(metadata)} if metadata.is_file() else {}
+    rows = read_json_lines(metadata) if metadata.is_file() else []
+    known = {row.get("file_name"): row for row in rows if isinstance(row, dict)}
     for label, paths in list_images(folder).items():
         for path in paths:
-            name = f"{label}/{path.name}"
-            yield known.get(name, {"file_name": name, "label": label}), path
+            name = path.relative_to(folder).as_posix()
+            yield known.get(name, {}) | {"file_name": name, "label": label}, path  # the folder is the label
 
 
 def read_shards(shards):

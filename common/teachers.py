@@ -5,13 +5,14 @@ being among the choices: views of supports that were trained on would speak for 
 """
 
 import copy
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms import v2
 
-from common.images import as_tensor
+from common.images import as_tensor, square
 from common.models import PrototypeClassifier, cosine_prototypes, features, input_size, load_model, memory_format
 from common.processes import generator, seeded
 
@@ -124,23 +125,32 @@ def augmentation(size, args):
     )
 
 
+def for_views(image, size, args):
+    """The central square of a PIL image, of which `augmentation` makes views: so large that the smallest crop need not
+    be enlarged, or as large as the image is."""
+    return square(image, min(math.ceil(size / math.sqrt(args.min_crop)), *image.size))
+
+
 def load_teacher(args, pictures, labels, device):
     """The teacher, specialised on the supports: see `specialise`.
 
     Args:
-        pictures: the supports as PIL images. labels: their classes [S].
+        pictures: an iterable of the supports as PIL images. labels: their classes [S].
     """
     model = load_model(args.teacher, True, args.teacher_image_size, args.teacher_checkpoint).to(device)
     size = input_size(model)[0]
-    augment = augmentation(size, args)
+    augment, supports, squares = augmentation(size, args), [], []
+    for picture in pictures:  # one by one: photographs are large
+        supports.append(as_tensor(picture, size))
+        squares.append(for_views(picture, size, args))
 
     def views(number):
         found = []
-        for i, picture in enumerate(pictures):
+        for i, picture in enumerate(squares):
             with seeded(generator(args.seed, "teacher", number, i)):
                 found.append(augment(picture))
         return torch.stack(found).to(device)
 
-    supports = torch.stack([as_tensor(picture, size) for picture in pictures]).to(device)
+    supports = torch.stack(supports).to(device)
     model = model.to(memory_format=memory_format(model))
     return specialise(model, supports, labels, args.teacher_specialization, args.teacher_scale, views)

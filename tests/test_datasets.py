@@ -78,7 +78,7 @@ def test_miniimagenet_has_two_layouts(tmp_path):
     for layout, classes in (("folders", ["n01test", "n02test"]), ("csv", ["n0test", "n1test"])):
         dataset = load_dataset("miniimagenet", "novel", tmp_path / layout)
         assert list(dataset.classes) == classes and [len(r) for r in dataset.classes.values()] == [3, 3]
-        assert dataset.open(classes[0], dataset.classes[classes[0]][0]).size == (5, 5)
+        assert dataset.open(classes[0], dataset.classes[classes[0]][0]).size == (6, 5)
 
     (tmp_path / "csv" / "images" / "03.jpg").unlink()
     with pytest.raises(UserError, match=r"val.csv names .*03.jpg, which is missing"):

@@ -20,7 +20,7 @@ import distill
 from common import datasets, models, teachers
 from common.checkpoint import load_checkpoint, load_facts, save_checkpoint
 from common.cli import UserError
-from common.images import load_folder
+from common.images import as_tensor, load_folder
 from common.processes import generator, seeded
 from common.teachers import augmentation
 from tests.conftest import TWO_PROCESSES, killed_when, launch
@@ -159,7 +159,7 @@ def episode():
     dataset = datasets.load_dataset("icons_fs", "val")
     order = datasets.draw_episode(dataset, 3, 4, 0, 1)
     pictures = [dataset.open(name, i) for name in order for i in order[name][:34]]
-    images = torch.stack([distill.as_tensor(picture, 64) for picture in pictures]).unflatten(0, (3, 34))
+    images = torch.stack([as_tensor(picture, 64) for picture in pictures]).unflatten(0, (3, 34))
     supports, labels = images[:, :4].flatten(0, 1), torch.arange(3).repeat_interleave(4)
     augment = augmentation(64, options())
 
