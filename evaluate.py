@@ -60,14 +60,23 @@ class Images(Dataset):
 def load_classifier(path, classes, args, device):
     """What classifies images [B, 3, H, W] in [0, 1]: (function to logits, class names, input side, kind).
 
-    The kind is "head" where the model was trained on the folder's classes, else "prototypes" (of --support_dir).
+    The kind is "head" where the model knows the folder's classes, and "prototypes" (of --support_dir) where it knows
+    none of them, as a backbone does, or where they are asked for by prototypes:PATH.
+
+    Raises:
+        UserError: a model knows some of the classes only; no such file or model; no supports to make prototypes of.
     """
+    path, by_prototypes = path.removeprefix("prototypes:"), path.startswith("prototypes:")
     if Path(path).suffix in OPENED_BY:
+        if by_prototypes:
+            raise UserError(f"prototypes:{path}: a file of export.py has no features to make prototypes of.")
         model = open_exported(path, device)
         require(classes, model.classes, path, args.data_dir)
         return model, model.classes, models.input_size(model)[0], "head"
-    names = models.class_names(path)
-    if names and set(classes) <= set(names):
+    names = models.class_names(path) or []
+    if set(classes) & set(names) and not by_prototypes:
+        hint = f" Remove their folders, or say prototypes:{path} to classify by prototypes of --support_dir."
+        require(classes, names, path, args.data_dir, hint)
         model = models.load_model(path).to(device)
         return models.with_head(model), names, models.input_size(model)[0], "head"
     if not args.support_dir:
@@ -81,9 +90,9 @@ def load_classifier(path, classes, args, device):
     return models.PrototypeClassifier(model, supports.to(device), labels), names, size, "prototypes"
 
 
-def require(classes, names, owner, data_dir):
+def require(classes, names, owner, data_dir, hint=""):
     if not set(classes) <= set(names):
-        raise UserError(f"{owner} lacks classes of {data_dir}: {sorted(set(classes) - set(names))}.")
+        raise UserError(f"{owner} lacks classes of {data_dir}: {sorted(set(classes) - set(names))}.{hint}")
 
 
 @torch.no_grad()
@@ -219,7 +228,8 @@ def parse_args(argv=None):
         nargs="+",
         default=["outputs/demo/student"],
         metavar="[NAME=]PATH",
-        help="model folders, timm names or files of export.py to measure on the same images",
+        help="model folders, timm names or files of export.py to measure on the same images; those that know none of "
+        "the classes classify by prototypes of --support_dir, and so does, whatever it knows, prototypes:PATH",
     )
     add("--data_dir", help="the images to measure on: one folder per class; default: outputs/demo/query")
     add("--support_dir", help="support images, for models that do not know the classes")
@@ -234,7 +244,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("methods over episodes").add_argument
     add("--dataset", help=f"{', '.join(datasets.DATASETS)}, or a folder of class folders with splits.json")
     add("--dataset_dir", help="where the data set lies; default: data/<name>")
-    add("--split", choices=["base", "val", "novel"], default="novel", help="the classes to draw from")
+    add("--split", default="novel", help="the classes to draw from: base, val, novel, or what else the data set has")
     add("--num_ways", type=positive_int, default=5, help="classes in an episode")
     add("--num_shots", type=positive_int, default=5, help="support images a class")
     add("--num_queries", type=number_or_all, default=15, metavar="N|all", help="queries a class; all: all other images")

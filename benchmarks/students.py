@@ -87,7 +87,7 @@ def main(args):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("--split", choices=["val", "novel"], default="novel", help="the classes to draw from")
+    add("--split", default="novel", help="the classes to draw from: val, novel, or what else Icons-FS has")
     add("--num_ways", type=positive_int, default=5, help="classes in an episode")
     add("--num_shots", type=positive_int, default=1, help="support images a class")
     add("--num_episodes", type=positive_int, default=30, help="episodes")

@@ -26,7 +26,7 @@ from PIL import Image
 from common import icons_fs
 from common.cli import UserError, argument_parser, natural_int, positive_int, run
 from common.images import find_images, list_images, open_image
-from common.records import check_settings, read_json, settings_of, whole_folder, write_json
+from common.records import check_settings, digest, read_json, settings_of, whole_folder, write_json
 
 SPLITS = Path(__file__).parent.parent / "assets" / "splits"
 MISSING = {
@@ -52,20 +52,37 @@ class FewShotDataset:
     classes: dict
     open: Callable
 
+    def fingerprint(self):
+        """What tells these images from others: a hash of their names and files' sizes, for which none is opened."""
+        return digest(
+            {
+                name: [[r.name, r.stat().st_size] if isinstance(r, Path) else r for r in references]
+                for name, references in self.classes.items()
+            }
+        )
+
 
 def load_dataset(name, split, folder=None):
-    """The split "base", "val" or "novel" of a data set by name, or of a folder with splits.json.
+    """The split "base", "val", "novel" or another of a data set by name, or of a folder with splits.json.
 
     Raises:
         UserError: data that are missing or damaged; the message says what to do.
     """
     if name == "icons_fs":
-        return load_icons_fs(split)
+        names = classes_of(split, icons_fs.load_splits(), "Icons-FS")
+        return load_icons_fs(names, ("base",) if split == "base" else ("episode",))
     if name not in MISSING:
         return load_split_folder(Path(name), split, Path(name) / "splits.json")
     folder = Path(folder or f"data/{name}")
     loaders = {"cifar_fs": load_cifar_fs, "cub": load_cub, "miniimagenet": load_miniimagenet}
     return loaders[name](folder, split)
+
+
+def classes_of(split, splits, owner):
+    """The class names of a split, of {split: class names}."""
+    if split not in splits:
+        raise UserError(f"--split {split}: {owner} has {', '.join(splits)}.")
+    return splits[split]
 
 
 def missing(name, folder):
@@ -84,17 +101,17 @@ def load_web(name, folder=None):
             classes.setdefault(str(path.parent.relative_to(folder)), []).append(path)
         return of_files(classes)
     if name == "icons_fs":
-        return load_icons_fs("web")
+        return load_icons_fs([name for group in icons_fs.load_splits().values() for name in group], ("base", "web"))
     raise UserError(f"Images to mine from for {name}: give a folder of them with --web_dir.")
 
 
-def load_icons_fs(split):
-    facts, splits = icons_fs.load_drawings(), icons_fs.load_splits()
-    pools = {"base": ["base"], "web": ["base", "web"]}.get(split, ["episode"])
-    names = splits[split] if split in splits else [name for group in splits.values() for name in group]
+def load_icons_fs(names, pools):
+    """The drawings of classes that belong to one of `pools`: see common/icons_fs.py."""
+    facts = icons_fs.load_drawings()
     classes = {
         name: [f"{i:03d}" for i, fact in enumerate(facts[name]) if fact["pool"] in pools] for name in sorted(names)
     }
+    classes = {name: references for name, references in classes.items() if references}
     sheets = {}
 
     def open_drawing(name, reference):
@@ -118,7 +135,7 @@ def load_cifar_fs(folder, split):
         parts.append(bytes_.reshape(-1, 3074))
     records = np.concatenate(parts)
     names = (folder / "fine_label_names.txt").read_text().split()
-    wanted = read_json(SPLITS / "cifar_fs.json")[split]
+    wanted = classes_of(split, read_json(SPLITS / "cifar_fs.json"), "CIFAR-FS")
     if records[:, 1].max() >= len(names) or not set(wanted) <= set(names):
         raise UserError(f"{folder / 'fine_label_names.txt'} lacks classes of CIFAR-100: unpack it again.")
     classes = {
@@ -139,13 +156,17 @@ def load_split_folder(folder, split, splits):
     """The class folders of `folder` that the file `splits` names."""
     if not folder.is_dir():
         raise UserError(f"--dataset {folder}: no such folder, and no known data set ({', '.join(DATASETS)}).")
+    form = 'write {"base": [...], "val": [...], "novel": [...]} with class names.'
     if not splits.is_file():
-        raise UserError(f'{splits} is missing: write {{"base": [...], "val": [...], "novel": [...]}} with class names.')
-    names = read_json(splits).get(split, [])
-    absent = [name for name in names if not (folder / name).is_dir()]
+        raise UserError(f"{splits} is missing: {form}")
+    found = read_json(splits)
+    names = found.values() if isinstance(found, dict) else [None]
+    if not all(isinstance(group, list) and set(map(type, group)) <= {str} for group in names):
+        raise UserError(f"{splits} holds something else: {form}")
+    names, images = classes_of(split, found, splits), list_images(folder)
+    absent = [name for name in names if name not in images]
     if not names or absent:
         raise UserError(f"{splits}: the split {split} has {len(names)} classes, of which {folder} lacks {absent[:5]}.")
-    images = list_images(folder)
     return of_files({name: images[name] for name in names})
 
 
@@ -157,23 +178,35 @@ def load_cub(folder, split):
 
 
 def load_miniimagenet(folder, split):
-    part = {"base": "train", "val": "val", "novel": "test"}[split]
+    part = classes_of(split, {"base": "train", "val": "val", "novel": "test"}, "miniImageNet")
     if (folder / part).is_dir():
         return of_files(list_images(folder / part))
     table = folder / f"{part}.csv"
     if not table.is_file() or not (folder / "images").is_dir():
         raise missing("miniimagenet", folder)
     classes = {}
-    with table.open(newline="") as file:
-        rows = csv.DictReader(file)
-        if not {"filename", "label"} <= set(rows.fieldnames or ()):
-            raise UserError(f"{table} should have the columns filename and label.")
-        for row in rows:
-            path = folder / "images" / row["filename"]
-            if not path.is_file():
-                raise UserError(f"{table} names {path}, which is missing: put it there, or remove the line.")
-            classes.setdefault(row["label"], []).append(path)
+    for filename, label in read_table(table):
+        path = folder / "images" / filename
+        if not path.is_file():
+            raise UserError(f"{table} names {path}, which is missing: put it there, or remove the line.")
+        classes.setdefault(label, []).append(path)
     return of_files({name: sorted(paths) for name, paths in classes.items()})
+
+
+def read_table(path):
+    """The (file name, label) of each line of a CSV file."""
+    try:
+        with path.open(newline="") as file:
+            table = csv.DictReader(file)
+            if not {"filename", "label"} <= set(table.fieldnames or ()):
+                raise ValueError(f"it has {table.fieldnames}")
+            rows = [(row["filename"] or "", row["label"] or "") for row in table]
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"{path} should be a CSV file with the columns filename and label ({error}).") from error
+    for _, label in rows:
+        if not label or label.startswith(".") or "/" in label:
+            raise UserError(f"{path} has the label {label!r}, which can be no folder's name.")
+    return rows
 
 
 def draw_episode(dataset, num_ways, num_shots, seed, index):
@@ -239,7 +272,7 @@ def parse_args():
     add = parser.add_argument
     add("--dataset", default="icons_fs", help=f"{', '.join(DATASETS)}, or a folder of class folders with splits.json")
     add("--dataset_dir", help="where the data set lies; default: data/<name>")
-    add("--split", choices=["base", "val", "novel"], default="novel", help="the classes to draw from")
+    add("--split", default="novel", help="the classes to draw from: base, val, novel, or what else the data set has")
     add("--num_ways", type=positive_int, default=5, help="classes in the episode")
     add("--num_shots", type=positive_int, default=5, help="support images a class")
     add("--episode", type=natural_int, default=0, help="which episode; each number gives another")

@@ -5,12 +5,14 @@ Below --output_dir, episodes/<index>/ holds support/, <script>-<key>/ (what a sc
 queries an arm answers rightly). A key stands for all settings up to there: what is changed is made anew beside the old.
 """
 
+import hashlib
 import os
 import shlex
 import time
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,8 @@ from tqdm.auto import tqdm
 from common import datasets, models, statistics
 from common.cli import UserError
 from common.images import as_tensor
-from common.records import check_settings, digest, provenance, read_json, settings_of, write_json
+from common.processes import stopwatch
+from common.records import check_settings, digest, fingerprint, provenance, read_json, settings_of, write_json
 from common.report import data_uri
 from common.shards import open_samples
 from common.teachers import load_teacher
@@ -43,6 +46,10 @@ OPTIONS = (
     "pretrained_model_name_or_path", "teacher", "teacher_image_size", "student", "invert", "generate", "distill",
     "num_real", "num_unlabeled", "web_dir",
 )  # fmt: skip
+FILES = (  # options that name a file or a folder, whose contents count
+    "pretrained_model_name_or_path", "upscaler", "prompt_templates", "teacher", "teacher_checkpoint", "student",
+    "student_checkpoint",
+)  # fmt: skip
 PARTS = {"teacher": "teacher", "prototypes": "student"}  # whose options alone count, and, for the teacher,
 VIEWS = ("min_crop", "flip_probability", "color_jitter")  # those of the views that it may be trained on
 IDENTITY = ("dataset", "dataset_dir", "split", "num_ways", "num_shots", "seed")  # of a benchmark: it cannot change
@@ -61,20 +68,23 @@ class Arm:
     key: str
 
 
-def parse_arm(text, args, stages):
+def parse_arm(text, args, stages, precision="no"):
     """An Arm from "[NAME=]METHOD [--SCRIPT.OPTION VALUE ...]", as "free=tint --generate.alpha 1".
 
+    Args:
+        stages: {"invert" | "generate" | "distill": the script, with its `parse_args` and `main`}.
+        precision: the mixed precision that the scripts run in.
     Raises:
         UserError: an unknown method, or an option that names no script that it runs.
     """
-    head, *words = shlex.split(text)
+    head, *words = split(text)
     name, _, method = head.rpartition("=")
     if method not in METHODS:
         raise UserError(f"--methods {text}: unknown method {method!r}; there are {', '.join(METHODS)}.")
     own = {
-        "invert": ["--pretrained_model_name_or_path", args.pretrained_model_name_or_path, *shlex.split(args.invert)],
-        "generate": ["--method", method, *shlex.split(args.generate)],
-        "distill": ["--teacher", args.teacher, "--student", args.student, *shlex.split(args.distill)],
+        "invert": ["--pretrained_model_name_or_path", args.pretrained_model_name_or_path, *split(args.invert)],
+        "generate": ["--method", method, *split(args.generate)],
+        "distill": ["--teacher", args.teacher, "--student", args.student, *split(args.distill)],
     }
     if args.teacher_image_size:
         own["distill"] += ["--teacher_image_size", str(args.teacher_image_size)]
@@ -93,41 +103,65 @@ def parse_arm(text, args, stages):
             own[script].append(word)
     mains = {script: stages[script].main for script in METHODS[method]}
     arguments = {script: stages[script].parse_args(own[script]) for script in METHODS[method]}
-    source = image_source(args, method, arguments["distill"])
-    weights = [method, *backbones(arguments["distill"], method), *source]
+    source = image_source(method, arguments["distill"], args)
     keys, key = {"images": digest(*source)} if source else {}, ""
     for script, chosen in arguments.items():
-        if script == "generate" and chosen.filter_threshold is not None:
+        outside = ["seed", "support_dir", "inversion_dir", "train_dir", "unlabeled_dir"]
+        if script == "generate":
             chosen.teacher, chosen.teacher_image_size = args.teacher, args.teacher_image_size
+            outside += ["teacher", "teacher_image_size"] if chosen.filter_threshold is None else []
         if script == "invert" and method == "null_text":  # its prompt has no word to learn
             chosen.max_train_steps = 0
             chosen.plain_prompt = chosen.plain_prompt or chosen.prompt.split(" of ")[0]
-        settings = settings_of(chosen, "seed", "support_dir", "inversion_dir", "train_dir", "unlabeled_dir")
+        settings = with_contents(settings_of(chosen, *outside)) | {"mixed_precision": precision}
         counts = (PARTS.get(method, ""), *(VIEWS if method == "teacher" else ()))
         settings = {name: value for name, value in settings.items() if name.startswith(counts)}
-        keys[script] = key = digest(key, settings, *(weights if script == "distill" else []))
+        keys[script] = key = digest(key, settings, *([method, *source] if script == "distill" else []))
     return Arm(name or head, method, shlex.join(words), mains, arguments, keys, key)
 
 
-def backbones(options, method):
-    """What tells the weights that an arm starts from: their contents where they lie in a file, else their name."""
-    starts = {
-        "teacher": (options.teacher, options.teacher_checkpoint),
-        "student": (options.student, options.student_checkpoint),
-    }
-    for part in [PARTS[method]] if method in PARTS else starts:
-        yield starts[part][0], models.weights_of(*starts[part])
+def split(text):
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"{text!r} cannot be read as options: {error}.") from error
 
 
-def image_source(args, method, options):
+def with_contents(settings):
+    """Settings, with a fingerprint of what lies in the files and model folders that they name: a path says little."""
+    return {name: [value, contents(value)] if name in FILES else value for name, value in settings.items()}
+
+
+def contents(path):
+    path = Path(path or os.devnull)
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in (".safetensors", ".json"))
+    return hashed(tuple((file, file.stat().st_mtime_ns) for file in files)) if files else None
+
+
+@cache
+def hashed(files):
+    return fingerprint(path for path, _ in files)
+
+
+def image_source(method, options, args):
     """What decides which other images an arm trains on, where no script makes them."""
     if method == "real":
         return [args.num_real]
     if method == "base":
-        return [args.num_unlabeled]
+        return [args.num_unlabeled, load_pool(method, args).fingerprint()]
     if method == "mined":  # by the teacher's features
-        return [args.num_unlabeled, args.web_dir, options.teacher_image_size, *backbones(options, "teacher")]
+        teacher = {
+            k: v for k, v in vars(options).items() if k in ("teacher", "teacher_checkpoint", "teacher_image_size")
+        }
+        return [args.num_unlabeled, load_pool(method, args).fingerprint(), with_contents(teacher)]
     return []
+
+
+def load_pool(method, args):
+    """The data set that images other than those of the episode's classes are taken from."""
+    if method == "base":
+        return datasets.load_dataset(args.dataset, "base", args.dataset_dir)
+    return datasets.load_web(args.dataset, args.web_dir)
 
 
 @contextmanager
@@ -141,16 +175,16 @@ def run_script(script, arm, folder, seed, **inputs):
     """Runs a script, as a function with its own command line, into folder/<script>-<key>, unless that is done.
 
     Returns:
-        the folder that it wrote, and the seconds that it took.
+        the folder that it wrote, and the seconds that it took, in all its starts.
     """
     output_dir = folder / f"{script}-{arm.keys[script]}"
-    done = output_dir / "seconds.json"
+    done, clock = output_dir / "seconds.json", output_dir / ".seconds.json"
     if not done.is_file():
-        before = time.perf_counter()
         arguments = vars(arm.arguments[script]) | inputs | {"seed": seed, "output_dir": str(output_dir)}
-        with quiet():
+        with stopwatch(clock), quiet():
             arm.mains[script](type(arm.arguments[script])(**arguments))
-        write_json(done, time.perf_counter() - before)
+        with suppress(FileNotFoundError):  # another launch that shares the folder was as quick
+            clock.replace(done)
     return output_dir, read_json(done)
 
 
@@ -197,21 +231,37 @@ def other_images(method, folder, seed, supports, dataset, options, args):
     real: those held back from the queries. base: `num_unlabeled` a class of the episode, drawn from all base classes.
     mined: as many, of the images of --web_dir those whose teacher features have the largest cosine to a support's
     (the paper's third experiment; without --web_dir, Icons-FS's are those that mini-SD was trained on).
+
+    None is, pixel by pixel, a support or what is or may become a query, wherever it lies.
     """
+    order = datasets.draw_episode(dataset, args.num_ways, args.num_shots, args.seed, int(folder.name))
+    held = [(name, reference) for name in supports for reference in order[name][-args.num_real :]]
+    held = held if method == "real" else []
+    tested = {pixels(dataset.open(*x)) for x in references_of(order) if x not in held}
     if method == "real":
-        order = datasets.draw_episode(dataset, args.num_ways, args.num_shots, args.seed, int(folder.name))
-        return dataset, {name: order[name][-args.num_real :] for name in supports}
-    if method == "base":
-        pool = datasets.load_dataset(args.dataset, "base", args.dataset_dir)
-        images = references_of(pool)
-        count = min(args.num_unlabeled * args.num_ways, len(images))
-        chosen = np.random.default_rng(seed).choice(len(images), count, replace=False)
+        pool, images = dataset, held
+        chosen = [i for i, x in enumerate(held) if pixels(dataset.open(*x)) not in tested]
+    elif method == "base":
+        pool = load_pool(method, args)
+        images = references_of(pool.classes)
+        drawn = np.random.default_rng(seed).permutation(len(images))
+        apart = (i for i in drawn if pixels(pool.open(*images[i])) not in tested)
+        chosen = list(islice(apart, args.num_unlabeled * args.num_ways))
     else:
-        teacher = options.teacher, options.teacher_image_size, options.teacher_checkpoint
-        model, pool, web = web_features(args.dataset, args.web_dir, *teacher)
-        images = references_of(pool)
-        support_features = features_of(model, dataset, [(c, r) for c, drawn in supports.items() for r in drawn])
-        chosen = nearest(web, support_features.unflatten(0, (args.num_ways, -1)), args.num_unlabeled)
+        pool, model, web, keys = web_features(
+            args.dataset, args.web_dir, options.teacher, options.teacher_image_size, options.teacher_checkpoint
+        )
+        images = references_of(pool.classes)
+        apart = [i for i, key in enumerate(keys) if key not in tested]
+        if len(apart) < len(images):
+            tqdm.write(
+                f"episode {folder.name}: {len(images) - len(apart)} images to mine from are of its own: left out"
+            )
+        support_features, _ = features_of(model, dataset, references_of(supports))
+        near = nearest(web[apart], support_features.unflatten(0, (args.num_ways, -1)), args.num_unlabeled)
+        chosen = [apart[i] for i in near]
+    if not chosen:
+        raise UserError(f"--methods {method}: episode {folder.name} leaves no image to train on but its own.")
     references = {}
     for i in chosen:
         name, reference = images[i]
@@ -219,28 +269,35 @@ def other_images(method, folder, seed, supports, dataset, options, args):
     return pool, references
 
 
-def references_of(pool):
-    return [(name, reference) for name, group in pool.classes.items() for reference in group]
+def pixels(image):
+    """What tells a PIL image from others, whatever file it lies in."""
+    return hashlib.sha256(repr((image.mode, image.size)).encode() + image.tobytes()).digest()
+
+
+def references_of(classes):
+    """{class name: references} as a list of (class name, reference)."""
+    return [(name, reference) for name, group in classes.items() for reference in group]
 
 
 @torch.no_grad()
 def features_of(model, dataset, references):
-    """The features [N, D] of images by a teacher that is not specialised."""
+    """The features [N, D] of images by a teacher that is not specialised, and what `pixels` says of them [N]."""
     size, device = models.input_size(model)[0], next(model.parameters()).device
-    found = []
+    found, keys = [], []
     for part in batches(references, 100):
-        images = torch.stack([as_tensor(dataset.open(*reference), size) for reference in part])
-        found.append(models.features(model, images.to(device)))
-    return torch.cat(found)
+        images = [dataset.open(*reference) for reference in part]
+        keys += map(pixels, images)
+        found.append(models.features(model, torch.stack([as_tensor(image, size) for image in images]).to(device)))
+    return torch.cat(found), keys
 
 
 @cache
 def web_features(dataset, web_dir, teacher, image_size, checkpoint):
-    """A teacher, the data set of --web_dir, and the features [N, D] of all its images."""
+    """The data set of --web_dir, a teacher, and `features_of` all its images."""
     web = datasets.load_web(dataset, web_dir)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     model = models.load_model(teacher, True, image_size, checkpoint).to(device)
-    return model, web, features_of(model, web, references_of(web))
+    return web, model, *features_of(model, web, references_of(web.classes))
 
 
 def nearest(web, supports, count):
@@ -260,13 +317,17 @@ def draw(index, arms, dataset, args):
     order = datasets.draw_episode(dataset, args.num_ways, args.num_shots, args.seed, index)
     held = args.num_real if any(arm.method == "real" for arm in arms) else 0
     supports = {name: order[name][: args.num_shots] for name in sorted(order)}
-    queries = {
-        name: order[name][args.num_shots : len(order[name]) - held][: args.num_queries] for name in sorted(order)
-    }
+    beside = {name: order[name][args.num_shots :] for name in sorted(order)}
+    queries = {name: rest[: max(0, len(rest) - held)][: args.num_queries] for name, rest in beside.items()}
     for name, drawn in queries.items():
         if len(drawn) < (args.num_queries or 1):
-            beside = f"the supports and {held} real images (--num_real)" if held else "the supports"
-            raise UserError(f"{name} has only {len(drawn)} images beside {beside}: lower --num_queries.")
+            real, mend = (
+                (f", {held} of them held back (--num_real)", "one of the two") if held else ("", "--num_queries")
+            )
+            raise UserError(
+                f"{name} has {len(beside[name])} images beside its supports{real}, which does not leave --num_queries "
+                f"{args.num_queries or 'all'}: lower {mend}."
+            )
     return supports, queries
 
 
@@ -413,11 +474,11 @@ def evaluate_episodes(args, stages, accelerator, rank=0, processes=1):
         None while other processes have episodes to do: the one that finishes last has the results.
     """
     dataset = datasets.load_dataset(args.dataset, args.split, args.dataset_dir)
-    arms = [parse_arm(text, args, stages) for text in args.methods]
+    arms = [parse_arm(text, args, stages, accelerator.mixed_precision) for text in args.methods]
     if len({arm.name for arm in arms}) < len(arms):
         raise UserError(f"--methods {' '.join(args.methods)}: two have the same name; say NAME=METHOD.")
     record = Path(args.output_dir) / "benchmark.json"
-    identity = {name: vars(args)[name] for name in IDENTITY}
+    identity = {name: vars(args)[name] for name in IDENTITY} | {"images": dataset.fingerprint()}
     if not check_settings(record, identity):
         write_json(record, {"settings": identity})
 

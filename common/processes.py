@@ -4,12 +4,16 @@ import hashlib
 import os
 import resource
 import sys
-from contextlib import contextmanager
+import threading
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
 from common.cli import UserError
+from common.records import read_json, write_json
 
 
 def start(args):
@@ -65,3 +69,23 @@ def seeded(rng):
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.set_state(rng.get_state())
         yield
+
+
+@contextmanager
+def stopwatch(path):
+    """Adds the seconds spent inside to those that `path` holds; every second anew, so that a killed run's count too."""
+    before, start, ended = read_json(path) if Path(path).is_file() else 0.0, time.perf_counter(), threading.Event()
+
+    def keep():
+        while not ended.wait(1):
+            with suppress(OSError):  # a full disk is the work's own affair
+                write_json(path, before + time.perf_counter() - start)
+
+    thread = threading.Thread(target=keep, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        write_json(path, before + time.perf_counter() - start)

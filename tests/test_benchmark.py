@@ -1,8 +1,11 @@
 """Benchmarks over episodes: what is shared, kept, extended and divided, and that a folder gives the same accuracy."""
 
+import itertools
 import json
 import shutil
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +19,8 @@ from benchmarks import students
 from common import datasets, episodes, icons_fs, models
 from common.cli import UserError
 from common.images import as_tensor
+from common.processes import stopwatch
+from common.records import read_json, write_json
 from common.teachers import load_teacher
 from tests.conftest import ACCELERATE, ROOT, TWO_PROCESSES, killed_when, launch
 
@@ -133,9 +138,9 @@ def test_real_base_and_mined_images_are_what_they_say(tmp_path):
     )
     assert len(images("base")) == 18 and {image.split("/")[0] for image in images("base")} <= set(base.classes)
 
-    model, everything = models.load_model("assets/teacher"), episodes.references_of(web)
-    f = episodes.features_of(model, web, everything).numpy()
-    s = episodes.features_of(model, val, [(name, i) for name in sorted(order) for i in order[name][:2]]).numpy()
+    model, everything = models.load_model("assets/teacher"), episodes.references_of(web.classes)
+    supports = [(name, i) for name in sorted(order) for i in order[name][:2]]
+    f, s = (episodes.features_of(model, *x)[0].numpy() for x in ((web, everything), (val, supports)))
     f, s = ((x - s.mean(0)) / np.linalg.norm(x - s.mean(0), axis=1, keepdims=True) for x in (f, s))
     cosines = (f @ s.T).reshape(-1, 2, 2).max(2)
     found = set(images("mined"))
@@ -155,16 +160,69 @@ def test_mining_needs_images_to_mine_from(tmp_path):
     for name in "abc":
         (tmp_path / "data" / name).mkdir(parents=True)
         for i in range(3):
-            Image.new("RGB", (16, 16), (80 * i, 40, 90)).save(tmp_path / "data" / name / f"{i}.png")
+            noise = np.random.default_rng([ord(name), i]).integers(0, 256, (16, 16, 3), np.uint8)
+            Image.fromarray(noise).save(tmp_path / "data" / name / f"{i}.png")
     (tmp_path / "data" / "splits.json").write_text(json.dumps({"base": ["a"], "novel": ["b", "c"]}))
     command = ("evaluate.py", "--dataset", tmp_path / "data", "--num_ways", 2, "--num_shots", 1, "--num_queries", 1,
                "--num_episodes", 1, "--num_unlabeled", 1, *LITTLE)  # fmt: skip
     _, error = launch(*command, "--methods", "mined", "--output_dir", tmp_path / "out", code=2)
     assert "give a folder of them with --web_dir" in error
-    launch(*command, "--methods", "mined", "base", "--web_dir", tmp_path / "data", "--output_dir", tmp_path / "out")
-    assert len(list(tmp_path.glob("out/episodes/00000/mined-*/*/*.png"))) in (1, 2)
-    _, error = launch(*command, "--methods", "real", "--output_dir", tmp_path / "out", code=2)
-    assert "40 real images (--num_real): lower --num_queries" in error
+    command = (*command, "--web_dir", tmp_path / "data", "--output_dir", tmp_path / "out")
+    output, _ = launch(*command, "--methods", "mined", "base")
+    assert "6 images to mine from are of its own: left out" in output  # supports, queries, and the third of b and c
+    assert {p.parent.name for p in tmp_path.glob("out/episodes/00000/mined-*/*/*.png")} == {"a"}
+    _, error = launch(*command, "--methods", "real", code=2)
+    assert "2 images beside its supports, 40 of them held back (--num_real)" in error
+
+
+def test_supports_queries_and_real_images_never_meet_however_few_there_are():
+    """Of classes of 1 to 9 images: each image is a support, a query, held back or unused, or the episode is refused."""
+    real, refused = evaluate_arm("real"), 0
+    for size, shots, held, wanted in itertools.product(range(1, 10), (1, 2), (1, 3, 8), (None, 1, 4)):
+        numbers = [f"{i}" for i in range(size)]
+        data = datasets.FewShotDataset(
+            {"a": numbers, "b": numbers}, lambda name, i: Image.new("L", (2, 2), 10 * (name == "a") + int(i))
+        )
+        args = SimpleNamespace(num_ways=2, num_shots=shots, num_real=held, num_queries=wanted, seed=0)
+        if size < shots + held + (wanted or 1):
+            with pytest.raises(UserError):
+                episodes.draw(0, [real], data, args)
+            refused += 1
+            continue
+        supports, queries = episodes.draw(0, [real], data, args)
+        _, others = episodes.other_images("real", Path("00000"), 0, supports, data, None, args)
+        for name in "ab":
+            together = supports[name] + queries[name] + others[name]
+            assert len(set(together)) == len(together) <= size
+            assert (len(supports[name]), len(others[name])) == (shots, held)
+            assert len(queries[name]) == (wanted or size - shots - held)
+    assert 50 < refused < 160
+
+
+def test_a_real_image_that_is_the_same_as_a_query_is_not_trained_on():
+    data = datasets.FewShotDataset(
+        {name: [f"{i}" for i in range(8)] for name in "ab"}, lambda name, i: Image.new("L", (2, 2), int(i) // 2)
+    )
+    args = SimpleNamespace(num_ways=2, num_shots=1, num_real=4, num_queries=None, seed=0)
+    supports, queries = episodes.draw(0, [evaluate_arm("real")], data, args)
+    _, others = episodes.other_images("real", Path("00000"), 0, supports, data, None, args)
+    tested = {int(i) // 2 for group in (supports, queries) for name in "ab" for i in group[name]}
+    assert sum(map(len, others.values())) < 8 and not tested & {int(i) // 2 for group in others.values() for i in group}
+
+
+def evaluate_arm(text, *options):
+    args = evaluate.parse_args(["--dataset", "icons_fs", *options])
+    return episodes.parse_arm(text, args, evaluate.STAGES)
+
+
+def test_the_seconds_of_a_run_that_is_killed_count(tmp_path):
+    clock = tmp_path / "seconds.json"
+    write_json(clock, 1000)
+    with stopwatch(clock):
+        while (at_a_kill := read_json(clock)) == 1000:
+            time.sleep(0.05)
+        assert at_a_kill > 1000
+    assert at_a_kill <= read_json(clock)
 
 
 def test_a_specialised_teacher_is_measured_as_it_teaches(tmp_path):
@@ -215,23 +273,55 @@ def test_planning_from_a_pilot(tmp_path, capsys):
             plan(*options)
 
 
+def keys_of(methods, *options, precision="no"):
+    args = evaluate.parse_args(["--dataset", "icons_fs", *map(str, options)])
+    return {m: episodes.parse_arm(m, args, evaluate.STAGES, precision).keys for m in methods}
+
+
+def changed(before, after):
+    return {m: {s for s in before[m] if before[m][s] != after[m][s]} for m in before}
+
+
 def test_other_weights_at_the_same_path_make_students_anew_and_nothing_else(tmp_path):
     shutil.copytree(ROOT / "assets" / "student", tmp_path / "student")
-    args = evaluate.parse_args(["--dataset", "icons_fs", "--student", str(tmp_path / "student")])
-    methods = ("tint", "supports", "base", "prototypes", "teacher")
-    before = {method: episodes.parse_arm(method, args, evaluate.STAGES).keys for method in methods}
+    methods, options = ("tint", "supports", "base", "prototypes", "teacher"), ("--student", tmp_path / "student")
+    before = keys_of(methods, *options)
     weights = load_file(tmp_path / "student" / "model.safetensors")
     save_file({k: v + 1 for k, v in weights.items()}, tmp_path / "student" / "model.safetensors")
-    after = {method: episodes.parse_arm(method, args, evaluate.STAGES).keys for method in methods}
-    for method in methods:
-        changed = {script for script in before[method] if before[method][script] != after[method][script]}
-        assert changed == ({"distill"} if method != "teacher" else set())
+    found = changed(before, keys_of(methods, *options))
+    assert found == {m: {"distill"} if m != "teacher" else set() for m in methods}
+
+
+def test_another_diffusion_model_template_or_precision_at_the_same_path_inverts_anew(tmp_path):
+    """What decides the inversion counts by its contents; what no arm's result hangs on does not count."""
+    unet, templates = tmp_path / "model" / "unet" / "model.safetensors", tmp_path / "templates.txt"
+    unet.parent.mkdir(parents=True)
+    methods = ("tint", "img2img", "supports", "teacher", "prototypes")
+    options = ("--pretrained_model_name_or_path", tmp_path / "model", "--invert", f"--prompt_templates {templates}")
+    generated = {m: {"invert", "generate", "distill"} if m in ("tint", "img2img") else set() for m in methods}
+
+    def write(weight, template):
+        save_file({"w": torch.full((3,), weight)}, unet)
+        templates.write_text(template)
+        return keys_of(methods, *options)
+
+    first = write(1.0, "a photo of a {}")
+    assert write(1.0, "a photo of a {}") == first
+    assert changed(first, write(0.5, "a photo of a {}")) == generated
+    assert changed(first, write(1.0, "a picture of a {}")) == generated
+    write(1.0, "a photo of a {}")
+    found = changed(first, keys_of(methods, *options, precision="bf16"))
+    assert found == generated | {"supports": {"distill"}}
+    found = changed(first, keys_of(methods, *options, "--teacher", "assets/student"))
+    assert found["tint"] == found["supports"] == found["teacher"] == {"distill"} and not found["prototypes"]
+    filtered = [*options, "--generate", "--filter_threshold 0.5"]
+    found = changed(keys_of(methods, *filtered), keys_of(methods, *filtered, "--teacher", "assets/student"))
+    assert found["tint"] == {"generate", "distill"}
 
 
 def test_what_a_teacher_is_trained_on_counts_and_so_does_it_for_what_it_mines():
     def arm(text, distill=""):
-        args = evaluate.parse_args(["--dataset", "icons_fs", "--distill", distill])
-        return episodes.parse_arm(text, args, evaluate.STAGES)
+        return evaluate_arm(text, "--distill", distill)
 
     tuned = "teacher --distill.teacher_specialization fine_tune"
     assert arm(tuned).key != arm(tuned, "--flip_probability 0").key
@@ -240,6 +330,52 @@ def test_what_a_teacher_is_trained_on_counts_and_so_does_it_for_what_it_mines():
     assert len(mined) == 2
     real = {arm("real", options).keys["images"] for options in ("", "--teacher_image_size 32")}
     assert len(real) == 1
+
+
+def test_other_images_in_a_data_set_are_another_benchmark(tmp_path):
+    for name, i in itertools.product("ab", range(4)):
+        (tmp_path / "data" / name).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (60 * i, 0, ord(name))).save(tmp_path / "data" / name / f"{i}.png")
+    (tmp_path / "data" / "splits.json").write_text(json.dumps({"mine": ["a", "b"]}))
+    command = ("evaluate.py", "--dataset", tmp_path / "data", "--split", "mine", "--num_ways", 2, "--num_shots", 1,
+               "--num_queries", "all", "--num_episodes", 2, "--methods", "prototypes",
+               "--output_dir", tmp_path / "out")  # fmt: skip
+    launch(*command)
+    shutil.copyfile(tmp_path / "data" / "a" / "0.png", tmp_path / "data" / "a" / "9.png")
+    _, error = launch(*command, code=2)
+    assert "benchmark.json" in error and "images" in error
+    _, error = launch(*command, "--split", "yours", code=2)
+    assert f"--split yours: {tmp_path / 'data' / 'splits.json'} has mine." in error
+
+
+def test_a_student_that_knows_some_of_the_classes_is_refused_unless_prototypes_are_asked_for(tmp_path):
+    for part, name in itertools.product(("support", "query"), "abc"):
+        (tmp_path / part / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32), (10, 60 * "abc".index(name), 90)).save(tmp_path / part / name / "0.png")
+    for classes in ("ab", "abcd", "xy"):
+        student = models.load_model("conv4_64", pretrained=False, num_classes=len(classes))
+        models.save_model(student, tmp_path / classes, classes)
+    backbone = f"backbone={tmp_path / 'xy'}"
+
+    def measured(*specs):
+        argv = [
+            "--data_dir",
+            tmp_path / "query",
+            "--support_dir",
+            tmp_path / "support",
+            "--output_dir",
+            tmp_path / "out",
+        ]
+        evaluate.main(evaluate.parse_args([*map(str, argv), "--model", *specs]))
+        return {name: found["classifier"] for name, found in results_of(tmp_path / "out")["methods"].items()}
+
+    with pytest.raises(UserError, match=rf"{tmp_path}/ab lacks classes of .*: \['c'\]. .*prototypes:"):
+        measured(backbone, f"student={tmp_path / 'ab'}")
+    found = measured(backbone, f"head={tmp_path / 'abcd'}", f"some=prototypes:{tmp_path / 'ab'}",
+                     f"prototypes:{tmp_path / 'abcd'}")  # fmt: skip
+    assert list(found.values()) == ["prototypes", "head", "prototypes", "prototypes"]
+    with pytest.raises(UserError, match="no features"):
+        measured("prototypes:model.onnx")
 
 
 def test_bad_methods_are_refused(tmp_path, capsys):
@@ -258,6 +394,7 @@ def test_bad_methods_are_refused(tmp_path, capsys):
         ("tint --generate.alphabet 1", "unrecognized arguments: --alphabet"),
     ]:
         assert message in refused(method)
+    assert "cannot be read as options" in refused("tint 'free")
     assert "lower --num_queries" in refused("teacher", "--num_queries", "1000")
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from common import icons_fs
 from common.cli import UserError
 from common.datasets import SPLITS, draw_episode, load_dataset, write_images
 from tests.conftest import launch
@@ -86,6 +87,13 @@ def test_miniimagenet_has_two_layouts(tmp_path):
     (tmp_path / "csv" / "test.csv").write_text("file,class\n")
     with pytest.raises(UserError, match="columns filename and label"):
         load_dataset("miniimagenet", "novel", tmp_path / "csv")
+    for label in ("../n0", "a/b", "..", ""):
+        (tmp_path / "csv" / "test.csv").write_text(f"filename,label\n00.jpg,{label}\n")
+        with pytest.raises(UserError, match="which can be no folder's name"):
+            load_dataset("miniimagenet", "novel", tmp_path / "csv")
+    (tmp_path / "csv" / "test.csv").write_bytes(b"filename,label\n\xff\xfe00.jpg,n0\n")
+    with pytest.raises(UserError, match="should be a CSV file"):
+        load_dataset("miniimagenet", "novel", tmp_path / "csv")
 
 
 def test_a_folder_with_splits(tmp_path):
@@ -99,6 +107,29 @@ def test_a_folder_with_splits(tmp_path):
         load_dataset(str(tmp_path), "val")
     with pytest.raises(UserError, match="no known data set"):
         load_dataset(str(tmp_path / "none"), "val")
+    for damaged in ([], ["b"], {"novel": "abc"}, {"novel": [["a"]]}):
+        (tmp_path / "splits.json").write_text(json.dumps(damaged))
+        with pytest.raises(UserError, match=r"splits.json holds something else: write"):
+            load_dataset(str(tmp_path), "novel")
+
+
+def test_a_split_that_a_data_set_lacks_is_told_from_those_it_has(tmp_path):
+    make_cifar(tmp_path / "cifar")
+    make_images(tmp_path / "mini" / "train" / "n01", 1)
+    make_images(tmp_path / "own" / "a", 1)
+    (tmp_path / "own" / "splits.json").write_text(json.dumps({"base": [], "far": ["a"]}))
+    assert list(load_dataset(str(tmp_path / "own"), "far").classes) == ["a"]
+    for name, folder, has in (
+        ("icons_fs", None, ", ".join(icons_fs.load_splits())),
+        ("cifar_fs", tmp_path / "cifar", "base, val, novel"),
+        ("miniimagenet", tmp_path / "mini", "base, val, novel"),
+        (str(tmp_path / "own"), None, "base, far"),
+    ):
+        for split in ("web", "test", ""):
+            with pytest.raises(UserError, match=f"--split {split}: .* has {has}"):
+                load_dataset(name, split, folder)
+    _, error = launch("-m", "common.datasets", "--split", "tests", "--output_dir", tmp_path / "out", code=2)
+    assert "--split tests: Icons-FS has base, val, novel" in error and not (tmp_path / "out").exists()
 
 
 def test_missing_data_says_what_to_get_and_where_to_put_it(tmp_path):
