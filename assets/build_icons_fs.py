@@ -1,10 +1,11 @@
 """Build Icons-FS, the small real data set of this repository, from permissively licensed icon sets.
 
-Icons-FS holds 32x32 drawings of 100 everyday objects, 64 base, 16 validation and 20 novel classes as in
-CIFAR-FS. A class's drawings come from many designers and differ as photos of an object do: style, viewpoint,
-detail. Of each validation and novel class, the drawings of some design families form the "web" pool, which
-stands for what a diffusion model has seen of a novel object on the web; episodes draw supports and queries
-from the other families only.
+Icons-FS holds 32x32 drawings of everyday objects: 64 base, 16 validation and 20 novel classes as in CIFAR-FS,
+and classes that no model has seen, "unseen" and, to choose on, "unseen_val". A class's drawings come from many
+designers and differ as photos of an object do: style, viewpoint, detail. Of each validation and novel class, the
+drawings of some design families form the "web" pool, which stands for what a diffusion model has seen of a novel
+object on the web; episodes draw supports and queries from the other families only. Of unseen classes no drawing is
+in that pool, none is a near-duplicate of a drawing of a seen class, and no word means the same.
 
 Which icon names count for a class, which drawings were dropped after looking at them, and which icon sets are
 known to share a designer are facts, not code: see icons_fs_classes.json.
@@ -46,8 +47,10 @@ SKIPPED_CATEGORIES = {"Logos", "Programming"}  # trademarks and file types: no e
 DUPLICATE = 0.94
 DUPLICATE_ACROSS_POOLS = 0.92
 SHARED_DRAWINGS = 0.3  # share of near-duplicates that makes two icon sets one family
-MAX_DRAWINGS, MIN_DRAWINGS, MIN_EPISODE_DRAWINGS = 200, 90, 55
+MAX_DRAWINGS, MIN_DRAWINGS, MIN_EPISODE_DRAWINGS, MIN_UNSEEN_DRAWINGS = 200, 90, 55, 45
 WEB_SHARE = 0.4
+SEEN = ("base", "val", "novel")
+UNSEEN = ("unseen_val", "unseen")
 
 
 def rng_for(*key):
@@ -278,6 +281,16 @@ def similar_across_classes(by_class):
     return ambiguous
 
 
+def unlike(by_class, others):
+    """The drawings of classes ({class: drawings}) that are no near-duplicates of any drawing of other classes."""
+    features = shape_features([d for drawings in others.values() for d in drawings])
+    kept = {}
+    for c, drawings in by_class.items():
+        near = similarity(shape_features(drawings), features).max(1) > DUPLICATE
+        kept[c] = [d for d, is_near in zip(drawings, near, strict=True) if not is_near]
+    return kept
+
+
 def choose_web_families(by_class, seed):
     """Choose the families of the web pool, one choice for all classes given ({class: drawings}).
 
@@ -365,9 +378,9 @@ def verify(output_dir, by_class, splits):
         if not holds:
             problems.append(message)
 
-    check([len(splits[s]) for s in ("base", "val", "novel")] == [64, 16, 20], "split sizes")
+    check([len(splits[s]) for s in SEEN] == [64, 16, 20], "split sizes")
     split_of = {c: s for s, names in splits.items() for c in names}
-    check(set(split_of) == set(records) and len(split_of) == 100, "classes of the splits")
+    check(set(split_of) == set(records) and len(split_of) == sum(map(len, splits.values())), "classes of the splits")
     for group in FACTS["confusable"]:
         check(len({split_of[c] for c in group}) == 1, f"confusable classes in two splits: {group}")
     licences = Counter(r["license"] for rows in records.values() for r in rows)
@@ -380,10 +393,13 @@ def verify(output_dir, by_class, splits):
     pool_families = defaultdict(set)
     for c, rows in records.items():
         pools = Counter(r["pool"] for r in rows)
-        check(MIN_DRAWINGS <= len(rows) <= MAX_DRAWINGS, f"{c}: {len(rows)} drawings")
+        least = MIN_UNSEEN_DRAWINGS if split_of[c] in UNSEEN else MIN_DRAWINGS
+        check(least <= len(rows) <= MAX_DRAWINGS, f"{c}: {len(rows)} drawings")
         check(len({(r["set"], r["icon"]) for r in rows}) == len(rows), f"{c}: an icon twice")
         if split_of[c] == "base":
             check(set(pools) == {"base"}, f"{c}: pools {set(pools)}")
+        elif split_of[c] in UNSEEN:
+            check(set(pools) == {"episode"}, f"{c}: pools {set(pools)}")
         else:
             check(set(pools) == {"web", "episode"}, f"{c}: pools {set(pools)}")
             check(pools["episode"] >= MIN_EPISODE_DRAWINGS, f"{c}: {pools['episode']} episode drawings")
@@ -436,22 +452,27 @@ def main(args):
             by_class[d["class"]].append(d)
     print(f"{len(candidates)} candidates, {sum(map(len, by_class.values()))} drawings")
 
-    families = detect_families(by_class, FACTS["families"])
+    splits = {s: [c for c in by_class if classes[c]["split"] == s] for s in (*SEEN, *UNSEEN)}
+    families = detect_families({c: by_class[c] for s in SEEN for c in splits[s]}, FACTS["families"])
     for c, drawings in by_class.items():
-        by_class[c] = drop_duplicates([d | {"family": families[d["set"]]} for d in drawings], args.seed)
-    ambiguous = similar_across_classes(by_class)
-    for c, indices in ambiguous.items():
-        by_class[c] = [d for i, d in enumerate(by_class[c]) if i not in indices]
-    print(f"{sum(map(len, by_class.values()))} without near-duplicates; "
-          f"{sum(map(len, ambiguous.values()))} dropped as alike in two classes")  # fmt: skip
+        by_class[c] = drop_duplicates([d | {"family": families.get(d["set"], d["set"])} for d in drawings], args.seed)
+    for group in (SEEN, UNSEEN):  # each by itself: what is unseen must not change what is seen
+        names = [c for s in group for c in splits[s]]
+        if group == UNSEEN:
+            by_class |= unlike({c: by_class[c] for c in names}, {c: by_class[c] for s in SEEN for c in splits[s]})
+        ambiguous = similar_across_classes({c: by_class[c] for c in sorted(names)})
+        for c, indices in ambiguous.items():
+            by_class[c] = [d for i, d in enumerate(by_class[c]) if i not in indices]
+        print(f"{sum(len(by_class[c]) for c in names)} without near-duplicates; "
+              f"{sum(map(len, ambiguous.values()))} dropped as alike in two classes")  # fmt: skip
 
-    splits = {s: [c for c in by_class if classes[c]["split"] == s] for s in ("base", "val", "novel")}
     held_out = {c: by_class[c] for c in splits["val"] + splits["novel"]}
     web_families = choose_web_families(held_out, args.seed)
     for c in held_out:
         by_class[c] = separate_pools(by_class[c], web_families)
-    for c in splits["base"]:
-        by_class[c] = [d | {"pool": "base"} for d in by_class[c]]
+    for split, pool_name in (("base", "base"), *((s, "episode") for s in UNSEEN)):
+        for c in splits[split]:
+            by_class[c] = [d | {"pool": pool_name} for d in by_class[c]]
 
     args.output_dir.mkdir(parents=True, exist_ok=True)
     records = {}

@@ -109,13 +109,15 @@ class Checkpoint:
 
 
 @matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "tint", "font.size": 12})
-def save_plot(path, x_title, y_title, lines):
-    """An SVG picture of lines {name: [(x, y)]}, always the same for the same lines."""
+def save_plot(path, x_title, y_title, lines, logarithmic=False):
+    """An SVG picture of lines {name: [(x, y)]}, always the same for the same lines; logarithmic in x if wished."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.add_subplot(xlabel=x_title, ylabel=y_title)
     for name, line in lines.items():
         (drawn,) = axes.plot(*zip(*line))
         axes.annotate(f" {name}", line[-1], va="center", color=drawn.get_color(), annotation_clip=False)
+    if logarithmic:
+        axes.set_xscale("log")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, metadata={"Date": None})
 

@@ -1,7 +1,7 @@
 """Students distilled on what each method gives them, pretrained ones and from random weights, on the same episodes of
 Icons-FS. Prints a Markdown table: accuracy, and TINT minus each, paired, with 95% intervals.
 
-    python -m benchmarks.students --num_ways 5 --num_shots 1 --num_episodes 30
+    python -m benchmarks.students --split unseen --num_shots 5 --num_episodes 30
 
 Everything finished is kept below --output_dir, by evaluate.py: started again, it goes on, and more episodes cost only
 what is new.
@@ -23,12 +23,16 @@ METHODS = {
     "strong": "supports, strongly augmented",
     "null_text": "null-text alone",
     "textual_inversion": "textual inversion alone",
+    "unnamed": "the same, not started from the class's name",
     "tint": "TINT",
     "base": "images of base classes, labelled by the teacher",
     "mined": "images mined from what mini-SD learned from",
     "real": "other real images of the classes",
 }
-STRONG = "--distill.min_crop 0.3 --distill.mixup 0.5 --distill.cutmix 1"
+SAME_METHOD = {  # options beside those of the method that it is
+    "strong": ("supports", "--distill.min_crop 0.3 --distill.mixup 0.5 --distill.cutmix 1"),
+    "unnamed": ("textual_inversion", "--invert.initializer_token 'house tree key book clock camera'"),
+}
 
 
 def arms(args):
@@ -36,23 +40,27 @@ def arms(args):
     found = ["teacher", "prototypes"]
     for start, rate, weights in (("", args.learning_rate, ""), ("scratch_", "1e-3", "--distill.student conv4_64")):
         steps = args.max_train_steps[start != ""]
-        for name in METHODS:
-            method, extra = ("supports", STRONG) if name == "strong" else (name, "")
+        for name in args.methods:
+            method, extra = SAME_METHOD.get(name, (name, ""))
             own = "3e-4" if name == "strong" and not start else rate  # a larger one undoes what it was trained for
             options = f"--distill.learning_rate {own} --distill.max_train_steps {steps} {weights} {extra}"
             found.append(f"{start}{name}={method} {options}")
     return found
 
 
-def command(args):
-    return [
+def run_episodes(args, methods):
+    """results.json of evaluate.py on episodes of Icons-FS, in processes among which the cores are shared out."""
+    command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.num_processes)),
         *("evaluate.py", "--dataset", "icons_fs", "--split", args.split, "--num_queries", "all"),
         *("--num_ways", str(args.num_ways), "--num_shots", str(args.num_shots)),
-        *("--num_episodes", str(args.num_episodes), "--output_dir", args.output_dir),
+        *("--num_episodes", str(args.num_episodes), "--output_dir", args.output_dir, "--num_real", str(args.num_real)),
         *("--num_unlabeled", str(args.num_images), "--generate", f"--num_images_per_class {args.num_images}"),
-        *("--distill", args.distill, "--methods", *arms(args)),
+        *("--distill", args.distill, "--methods", *methods),
     ]
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.num_processes))}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    return read_json(ROOT / args.output_dir / "results.json")
 
 
 def table(results):
@@ -70,6 +78,8 @@ def table(results):
         f"{points(*differences['tint', 'prototypes'])} | | |",
     ]
     for name, words in METHODS.items():
+        if name not in methods:
+            continue
         cells = []
         for start in ("", "scratch_"):
             pair = differences.get((f"{start}tint", start + name))
@@ -79,20 +89,20 @@ def table(results):
 
 
 def main(args):
-    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.num_processes))}
-    subprocess.run(command(args), cwd=ROOT, env=environment, check=True)
-    print(table(read_json(ROOT / args.output_dir / "results.json")))
+    print(table(run_episodes(args, arms(args))))
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("--split", default="novel", help="the classes to draw from: val, novel, or what else Icons-FS has")
+    add("--split", default="unseen", help="the classes to draw from: val, novel, unseen_val or unseen")
+    add("--methods", nargs="+", choices=METHODS, default=[*METHODS], help="what students are distilled on; with tint")
     add("--num_ways", type=positive_int, default=5, help="classes in an episode")
-    add("--num_shots", type=positive_int, default=1, help="support images a class")
+    add("--num_shots", type=positive_int, default=5, help="support images a class")
     add("--num_episodes", type=positive_int, default=30, help="episodes")
+    add("--num_real", type=positive_int, default=20, help="images of each class held back from the queries for real")
     add("--num_images", type=positive_int, default=60, help="generated or unlabelled images a class")
-    add("--max_train_steps", type=positive_int, nargs=2, default=[100, 200], help="pretrained, from random weights")
+    add("--max_train_steps", type=positive_int, nargs=2, default=[100, 600], help="pretrained, from random weights")
     add(
         "--learning_rate",
         default="3e-4",

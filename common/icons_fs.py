@@ -2,7 +2,8 @@
 
 The drawings of a class lie in one picture, `assets/icons_fs/sheets/<class>.png`, ten a row, in the order of
 `drawings.json`; `ink/<class>.png` says likewise which pixels were painted. A drawing is of the pool "base" or, in val
-and novel classes, "episode" (supports and queries) or "web" (what a diffusion model may have seen of the class).
+and novel classes, "episode" (supports and queries) or "web" (what a diffusion model may have seen of the class). Of
+unseen classes all are of the pool "episode": no model here has seen the objects, or any word for them.
 """
 
 import json
@@ -17,7 +18,7 @@ SIDE, COLUMNS = 32, 10
 
 
 def load_splits():
-    """{"base" | "val" | "novel": [class names]}"""
+    """{"base" | "val" | "novel" | "unseen_val" | "unseen": [class names]}"""
     return json.loads((FOLDER / "splits.json").read_text())
 
 

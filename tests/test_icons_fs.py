@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms.v2 import functional as TF
+from transformers import CLIPTokenizer
 
-from common import icons_fs
+from common import icons_fs, models
 from common.models import InkMap
 from tests.conftest import ROOT
 
@@ -29,11 +30,12 @@ PERMISSIVE = {
 
 def test_every_drawing_has_its_picture_and_its_licence():
     drawings, splits = icons_fs.load_drawings(), icons_fs.load_splits()
-    assert {split: len(names) for split, names in splits.items()} == {"base": 64, "val": 16, "novel": 20}
+    sizes = {split: len(names) for split, names in splits.items()}
+    assert sizes == {"base": 64, "val": 16, "novel": 20, "unseen_val": 13, "unseen": 30}
     names = [name for split in splits.values() for name in split]
     assert sorted(drawings) == sorted(names) and len(names) == len(set(names))
     for name, facts in drawings.items():
-        assert 90 <= len(facts) <= 200
+        assert (45 if name in splits["unseen_val"] + splits["unseen"] else 90) <= len(facts) <= 200
         rows = -(-len(facts) // icons_fs.COLUMNS)
         for folder in ("sheets", "ink"):
             assert Image.open(icons_fs.FOLDER / folder / f"{name}.png").size == (10 * 32, rows * 32)
@@ -102,6 +104,35 @@ def test_web_pool_and_episodes_never_meet():
     for copy, expected in ((ink.roll((1, -1), (2, 3)), 0.9), (smaller, 0.3)):
         again = likeness(original, shapes(1 + copy * (red - 1))).diagonal()
         assert (again > 0.97).float().mean() > expected
+
+
+def test_no_model_has_seen_an_unseen_class():
+    """Mini-SD knows no word for it, teacher and student no class, and no drawing is one that a model was trained on."""
+    drawings, splits = icons_fs.load_drawings(), icons_fs.load_splits()
+    words = json.loads((ROOT / "assets" / "icons_fs_classes.json").read_text())["classes"]
+    unseen = splits["unseen_val"] + splits["unseen"]
+    seen = splits["base"] + splits["val"] + splits["novel"]
+    assert not {n for c in unseen for n in words[c]["names"]} & {n for c in seen for n in (c, *words[c]["names"])}
+    tokenizer = CLIPTokenizer.from_pretrained(ROOT / "assets" / "mini-sd" / "tokenizer")
+    assert len(tokenizer("umbrella", add_special_tokens=False).input_ids) == 1
+    for word in {word for name in unseen for word in name.split("-")}:
+        assert len(tokenizer(word, add_special_tokens=False).input_ids) > 1, f"mini-SD knows the word {word}"
+    for model in ("teacher", "student"):
+        assert models.class_names(ROOT / "assets" / model) == splits["base"]
+
+    def load(names, pools):
+        """The icons of some pools, and what those of one colour show: of several colours, ink is guessed, and blobs
+        of different things are alike."""
+        chosen = {name: [i for i, fact in enumerate(drawings[name]) if fact["pool"] in pools] for name in names}
+        icons = {(drawings[name][i]["set"], drawings[name][i]["icon"]) for name, rows in chosen.items() for i in rows}
+        rows = {name: [i for i in rows if drawings[name][i]["style"] != "colour"] for name, rows in chosen.items()}
+        return icons, torch.cat([shapes(icons_fs.load_class(name)[own]) for name, own in rows.items()])
+
+    icons, new = load(unseen, {"episode"})
+    trained_icons, trained = load(seen, {"base", "web"})
+    assert not icons & trained_icons
+    closest = torch.cat([likeness(new, part).amax(1, keepdim=True) for part in trained.split(2000)], 1).amax()
+    assert closest < 0.97
 
 
 def test_assets_hold_no_pickles():
