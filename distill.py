@@ -9,6 +9,7 @@ long schedules as in "consistent teaching", Beyer et al., 2106.05237) and, if wi
 It may be killed at any moment: started again, it goes on from its last checkpoint and ends with the same weights.
 """
 
+import copy
 import itertools
 import math
 from pathlib import Path
@@ -128,29 +129,55 @@ def imprint(student, supports, labels, scale):
     its answers are those of the prototype classifier.
     """
     head = student.get_classifier()
-    if not isinstance(head, nn.Linear):
+    if not isinstance(head, nn.Linear | nn.Conv2d):
         return
     with torch.no_grad():
         imprinted = models.PrototypeClassifier(student, supports, labels)
-        head.weight.copy_(scale * imprinted.prototypes / imprinted.spread)
-        head.bias.copy_(-head.weight @ imprinted.center)
+        weight = scale * imprinted.prototypes / imprinted.spread
+        head.weight.copy_(weight.view_as(head.weight))  # a 1x1 convolution has two more axes
+        head.bias.copy_(-weight @ imprinted.center)
 
 
 class Learner(nn.Module):
-    """The student and, for feature matching, a linear map of its features to the teacher's, which is thrown away."""
+    """The student and, for feature matching, a linear map of what its classifier sees to the teacher's features, which
+    is thrown away."""
 
     def __init__(self, student, teacher_width=None):
         super().__init__()
-        self.student = student
-        self.projection = nn.Linear(student.head_hidden_size, teacher_width) if teacher_width else None
+        self.student, self.projection = student, None
+        if teacher_width:
+            with torch.no_grad(), models.classifier_inputs(student.eval()) as seen:
+                student(torch.zeros(1, 3, *models.input_size(student)))
+            self.projection = nn.Linear(torch.cat(seen, -1).shape[-1], teacher_width)
 
     def forward(self, views):
         """Views [B, 3, H, W] in [0, 1] to logits [B, C] and projected features [B, D], or None."""
-        maps = self.student.forward_features(models.normalize(self.student, views))
+        x = models.normalize(self.student, views)
         if not self.projection:
-            return self.student.forward_head(maps), None
-        f = self.student.forward_head(maps, pre_logits=True)
-        return self.student.get_classifier()(f), self.projection(f)
+            return self.student(x), None
+        with models.classifier_inputs(self.student) as seen:
+            logits = self.student(x)
+        return logits, self.projection(torch.cat(seen, -1))
+
+
+def rehearse(student, num_classes, args):
+    """A pass forward and back on noise with a copy of the student: what cannot be trained is refused before any work.
+
+    Raises:
+        UserError: as for an input size that the student's layers cannot take, or batch normalisation of one view.
+    """
+    size = models.input_size(student)
+    try:
+        learner = Learner(copy.deepcopy(student), 1 if args.feature_weight else None).train()
+        logits, features = learner(torch.rand(min(2, args.train_batch_size), 3, *size))
+        if logits.shape[1:] != (num_classes,):
+            raise ValueError(f"its answers have the shape {list(logits.shape)}")
+        (logits.sum() + (features.sum() if args.feature_weight else 0)).backward()
+    except Exception as error:  # a network raises any kind
+        raise UserError(
+            f"--student {args.student} cannot be trained on {args.train_batch_size} views a batch of "
+            f"{size[0]}x{size[1]} pixels ({error}): give another --student_image_size, --train_batch_size or --student."
+        ) from error
 
 
 def list_others(args):
@@ -306,7 +333,8 @@ def main(args):
 
     labels = torch.tensor([label for label, group in enumerate(by_class.values()) for _ in group])
     teacher = load_teacher(args, map(open_image, paths), labels, accelerator.device)
-    student, is_trained = models.load_student(args, len(classes))
+    student, is_trained = models.load_student(args, classes)
+    rehearse(student, len(classes), args)
     if is_trained:
         supports = torch.stack([load_image(path, models.input_size(student)[0]) for path in paths])
         imprint(student, supports, labels, args.teacher_scale)
@@ -319,7 +347,8 @@ def main(args):
 
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        models.save_model(student.to(memory_format=torch.contiguous_format).eval(), output_dir, classes)
+        student = student.to("cpu", memory_format=torch.contiguous_format).eval()
+        models.save_model(student, output_dir, classes)
         counts = (len(supports), len(others))
         write_card(output_dir / "README.md", args, classes, counts, losses)
         facts = {"settings": settings, "classes": classes, "images": counts, "loss": losses}

@@ -34,9 +34,10 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from assets.training import Checkpoint, Drawings, Pictures, rng_of_step, use_threads
+from common.architectures import InkMap
 from common.cli import run
 from common.datasets import load_dataset
-from common.models import InkMap, features, input_size, load_model, memory_format, save_model
+from common.models import features, input_size, load_model, memory_format, save_model
 from common.records import write_json
 
 SETTINGS = {

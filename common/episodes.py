@@ -204,7 +204,7 @@ def specialise(arm, folder, seed, supports, dataset, args, device):
         if arm.method == "teacher":
             classifier = load_teacher(options, pictures, labels, device)
             return classifier, models.input_size(classifier)[0], {"teacher": time.perf_counter() - before}
-        student, _ = models.load_student(options, args.num_ways)
+        student, _ = models.load_student(options, list(supports))
         size = models.input_size(student)[0]
         images = torch.stack([as_tensor(picture, size) for picture in pictures]).to(device)
         classifier = models.PrototypeClassifier(student.to(device), images, labels)

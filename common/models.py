@@ -1,216 +1,29 @@
-"""Classifiers: the embedded student and teacher as timm models, loading, and cosine prototypes.
+"""Classifiers: loading and saving timm models, what they see of an image, and cosine prototypes.
 
-Every classifier here is a timm model, also our own two: `timm.create_model("conv4_64")` works once this module is
-imported, and a trained model is a folder in the Hugging Face hub's timm format (`config.json`,
-`model.safetensors`). Images are float [B, 3, H, W] in [0, 1], of any size: `normalize` makes of them what a model
-wants.
+Every classifier here is a timm model, also those of common/architectures.py, and a trained one is a folder in the
+Hugging Face hub's timm format (`config.json`, `model.safetensors`). Images are float [B, 3, H, W] in [0, 1], of any
+size: `normalize` makes of them what a model wants.
 """
 
-import itertools
 import json
+import shutil
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from timm.layers import to_2tuple
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import get_model_input_config
 from timm.models._hub import save_config_for_hf
-from timm.models._input import update_model_input_size
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from common import architectures
 from common.cli import UserError
 from common.records import fingerprint, save_tensors, whole_file
-
-
-class FlatHead(nn.Module):
-    """timm's interface to a network that ends in a flattened feature map and one linear layer.
-
-    A subclass gives `blocks`, whose output on [B, 3, img_size, img_size] flattens to `num_features` numbers.
-    """
-
-    def __init__(self, blocks, num_features, num_classes):
-        super().__init__()
-        self.blocks = blocks
-        self.num_features = self.head_hidden_size = num_features
-        self.reset_classifier(num_classes)
-
-    def get_classifier(self):
-        return self.head
-
-    def reset_classifier(self, num_classes, global_pool=None):
-        self.num_classes = num_classes
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-
-    def forward_features(self, x):
-        return self.blocks(x)
-
-    def forward_head(self, x, pre_logits=False):
-        x = x.flatten(1)
-        return x if pre_logits else self.head(x)
-
-    def forward(self, x):
-        return self.forward_head(self.forward_features(x))
-
-
-class FlatMap(FlatHead):
-    """A FlatHead whose `blocks` end in a map of `channels` and a sixteenth of the input's side: the head's width
-    depends on it."""
-
-    def __init__(self, blocks, channels, img_size, num_classes):
-        self.channels = channels
-        super().__init__(blocks, self.width(img_size), num_classes)
-
-    def width(self, img_size):
-        height, width = to_2tuple(img_size)
-        return self.channels * (height // 16) * (width // 16)
-
-    def set_input_size(self, img_size):
-        """As timm's transformers: takes another input side, or height and width. The head starts anew where its width
-        changes."""
-        if self.width(img_size) != self.num_features:
-            self.num_features = self.head_hidden_size = self.width(img_size)
-            self.reset_classifier(self.num_classes)
-        update_model_input_size(self, img_size)
-
-
-class Conv4(FlatMap):
-    """The four-block convolutional network of the few-shot literature (Vinyals et al., 1606.04080, section 4.1).
-
-    Each block is a 3x3 convolution with `width` channels, batch normalisation, ReLU and 2x2 max pooling. With 64
-    channels it has 113,088 parameters without the head, which sees 64 * (img_size / 16)^2 features: 256 for 32x32
-    inputs, 1600 for 84x84.
-    """
-
-    def __init__(self, num_classes=1000, in_chans=3, img_size=32, width=64):
-        channels = [in_chans, width, width, width, width]
-        blocks = [
-            nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU(), nn.MaxPool2d(2))
-            for i, o in itertools.pairwise(channels)
-        ]
-        super().__init__(nn.Sequential(*blocks), width, img_size, num_classes)
-
-
-class InkMap(nn.Module):
-    """Colour image [B, 3, H, W] to ink map [B, 1, H, W]: distance to the border's median colour, at most 1.
-
-    A drawing's colours and polarity say nothing about its class; the map forgets them.
-    """
-
-    def forward(self, x):
-        border = torch.cat([x[:, :, 0], x[:, :, -1], x[:, :, :, 0], x[:, :, :, -1]], 2).median(2).values
-        distance = ((x - border[..., None, None]) ** 2).sum(1, keepdim=True).add(1e-6).sqrt()
-        return distance / distance.amax((1, 2, 3), keepdim=True).clamp_min(0.1)
-
-
-class InkLite(FlatMap):
-    """The embedded teacher: the first five of EfficientNet-Lite0's seven stages (Tan and Le, 1905.11946, in the edition
-    without squeeze-and-excitation), on the ink map. 0.7 million parameters without the head, which sees
-    112 * (img_size / 16)^2 features: 1792 for 64x64 inputs.
-    """
-
-    def __init__(self, num_classes=1000, in_chans=3, img_size=64):
-        whole = timm.create_model("tf_efficientnet_lite0", in_chans=1)
-        blocks = nn.Sequential(InkMap(), whole.conv_stem, whole.bn1, *whole.blocks[:5])
-        super().__init__(blocks, 112, img_size, num_classes)
-
-
-class DropBlock(nn.Module):
-    """DropBlock (Ghiasi et al., 1810.12890, algorithm 1): in training, squares of `size` positions, of each channel by
-    itself, become zero, and the rest grows to the same sum. The squares lie within the map; on a map smaller than one
-    they are 2x2, as MetaOptNet has them for 32x32 inputs."""
-
-    def __init__(self, rate, size):
-        super().__init__()
-        self.rate, self.size = rate, size
-
-    def forward(self, x):
-        if not self.training:
-            return x
-        height, width = x.shape[-2:]
-        size = min(self.size if min(height, width) >= self.size else 2, height, width)
-        places = height - size + 1, width - size + 1
-        gamma = self.rate / size**2 * height * width / (places[0] * places[1])
-        corners = torch.full((*x.shape[:2], *places), gamma, device=x.device).bernoulli()
-        kept = 1 - F.max_pool2d(F.pad(corners, [size - 1] * 4), size, stride=1)
-        return x * (kept * kept.numel() / kept.sum().clamp_min(1)).to(x.dtype)
-
-
-class ResNet12Block(nn.Module):
-    """Three 3x3 convolutions, and a 1x1 one past them; then 2x2 max pooling, and DropBlock in training."""
-
-    def __init__(self, in_chans, out_chans, drop_block, drop_rate):
-        super().__init__()
-        channels = [in_chans, out_chans, out_chans, out_chans]
-        layers = [
-            nn.Sequential(nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.LeakyReLU(0.1))
-            for i, o in itertools.pairwise(channels)
-        ]
-        layers[-1] = layers[-1][:2]  # its activation comes after the addition
-        self.convolutions = nn.Sequential(*layers)
-        self.shortcut = nn.Sequential(nn.Conv2d(in_chans, out_chans, 1, bias=False), nn.BatchNorm2d(out_chans))
-        self.pool = nn.Sequential(nn.LeakyReLU(0.1), nn.MaxPool2d(2))
-        self.drop = DropBlock(drop_rate, 5) if drop_block else nn.Dropout(drop_rate)
-
-    def forward(self, x):
-        return self.drop(self.pool(self.convolutions(x) + self.shortcut(x)))
-
-
-class ResNet12(FlatHead):
-    """The residual network of the few-shot literature in the form of MetaOptNet (Lee et al., 1904.03758;
-    after TADAM, 1805.10123): four blocks of 64, 160, 320 and 640 channels, leaky ReLU, dropout after the first two and
-    DropBlock of 5x5 after the last two, at its full rate from the first batch on (theirs grows over 40,000); then the
-    mean over positions, as in RFS (2003.11539). It has 12,424,320 parameters without the head, which sees 640 features,
-    whatever the input's size.
-    """
-
-    def __init__(self, num_classes=1000, in_chans=3, drop_rate=0.1):
-        channels = [in_chans, 64, 160, 320, 640]
-        blocks = [
-            ResNet12Block(i, o, depth >= 2, drop_rate) for depth, (i, o) in enumerate(itertools.pairwise(channels))
-        ]
-        super().__init__(nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1)), 640, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="leaky_relu")
-
-
-CONFIG = {
-    "mean": (0.5, 0.5, 0.5),
-    "std": (0.5, 0.5, 0.5),
-    "input_size": (3, 32, 32),
-    "interpolation": "bicubic",
-    "crop_pct": 1.0,
-    "num_classes": 1000,
-    "classifier": "head",
-    "first_conv": "blocks.0.0",
-}
-default_cfgs = generate_default_cfgs(
-    {
-        "conv4_64": CONFIG,
-        "resnet12": CONFIG | {"first_conv": "blocks.0.convolutions.0.0", "input_size": (3, 84, 84)},
-        "ink_lite": CONFIG | {"first_conv": None, "input_size": (3, 64, 64)},
-    }
-)
-
-
-@register_model
-def conv4_64(pretrained=False, **kwargs):
-    return build_model_with_cfg(Conv4, "conv4_64", pretrained, **kwargs)
-
-
-@register_model
-def resnet12(pretrained=False, **kwargs):
-    return build_model_with_cfg(ResNet12, "resnet12", pretrained, **kwargs)
-
-
-@register_model
-def ink_lite(pretrained=False, **kwargs):
-    return build_model_with_cfg(InkLite, "ink_lite", pretrained, **kwargs)
 
 
 @contextmanager
@@ -247,10 +60,13 @@ def load_model(name_or_path, pretrained=True, image_size=None, checkpoint=None, 
         source = name_or_path
     try:
         with no_unpickling():
-            model = timm.create_model(source, pretrained=pretrained and not checkpoint, **kwargs).eval()
-        if image_size:
-            if hasattr(model, "set_input_size"):  # position embeddings, or a head, depend on it
+            kwargs["pretrained"] = pretrained and not checkpoint
+            model = timm.create_model(source, **kwargs)
+            if image_size and hasattr(model, "set_input_size"):  # position embeddings, or a head, depend on it
                 model.set_input_size(img_size=(image_size, image_size))
+            elif image_size and get_model_input_config(model)["fixed_input_size"]:  # more than these does
+                model = timm.create_model(source, img_size=image_size, **kwargs)
+        if image_size:
             model.pretrained_cfg["input_size"] = (3, image_size, image_size)
     except Exception as error:  # timm, safetensors, json and the hub each raise their own kinds
         raise UserError(
@@ -259,19 +75,26 @@ def load_model(name_or_path, pretrained=True, image_size=None, checkpoint=None, 
         ) from error
     if checkpoint:
         load_weights(model, checkpoint)
-    return model
+    return model.eval()
 
 
-def load_student(args, num_classes):
-    """The student before training, with a new head for `num_classes` classes, and whether it has been trained before.
+def load_student(args, classes):
+    """The student before training, with a new head for the classes, and whether it has been trained before.
 
-    It has weights from a folder, the hub or --student_checkpoint, and by plain timm name random ones.
+    It has weights from a folder, the hub or --student_checkpoint, and by plain timm name random ones. Some networks do
+    not come out of their file as timm makes them, FBNet with another epsilon of batch normalisation: what is trained is
+    what comes out.
+
+    Raises:
+        UserError: as `load_model`, and for a student that no file can hold as it is.
     """
     torch.manual_seed(args.seed)
     pretrained = Path(args.student).is_dir() or args.student.startswith("hf-hub:")
     size, checkpoint = args.student_image_size, args.student_checkpoint
     student = load_model(args.student, pretrained, size, checkpoint)
-    student.reset_classifier(num_classes)
+    student.reset_classifier(len(classes))
+    student = saved_and_loaded(student, classes)
+    require_true(student, classes)
     return student, pretrained or bool(checkpoint)
 
 
@@ -292,15 +115,57 @@ def load_weights(model, path):
         raise UserError(f"{path} cannot be read as safetensors weights of {name}: {error}") from error
 
 
+def write_model(model, folder, classes):
+    save_tensors(Path(folder) / "model.safetensors", model.state_dict())
+    # What timm's own transform would cut away at the border, this project's models have learned from.
+    data_config = {"input_size": (3, *input_size(model)), "crop_pct": 1.0, "interpolation": "bicubic"}
+    with whole_file(Path(folder) / "config.json") as temporary:
+        save_config_for_hf(model, temporary, {"label_names": list(classes)}, data_config=data_config)
+    if type(model).__module__ == architectures.__name__:
+        with whole_file(Path(folder) / "architectures.py") as temporary:
+            shutil.copyfile(architectures.__file__, temporary)
+
+
+def saved_and_loaded(model, classes):
+    """The model as it comes out of its file for somebody who has timm alone."""
+    try:
+        with TemporaryDirectory() as folder:
+            write_model(model, folder, classes)
+            return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    except Exception as error:  # of timm's builders and filters, any kind
+        raise UserError(
+            f"{model.pretrained_cfg['architecture']} at {input_size(model)[0]} pixels cannot be saved so that timm can "
+            f"load it ({error}): choose another student or --student_image_size."
+        ) from error
+
+
+@torch.no_grad()
+def require_true(model, classes):
+    """Raises a UserError where the model, in eval mode, and what comes out of its file answer differently."""
+    other = saved_and_loaded(model, classes)
+    x = torch.randn(2, 3, *input_size(model), generator=torch.Generator().manual_seed(0))
+    try:
+        ours, theirs = model(x), other(x)
+        torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-3 * ours.abs().max().item(), equal_nan=True)
+        if input_size(other) != input_size(model):
+            raise ValueError(f"its input would be of {input_size(other)} pixels")
+    except Exception as error:  # also of a network that cannot compute at its size
+        raise UserError(
+            f"{model.pretrained_cfg['architecture']} at {input_size(model)[0]} pixels cannot be used, or not be saved "
+            f"as it is ({error}): choose another student or --student_image_size."
+        ) from error
+
+
 def save_model(model, folder, classes):
     """Writes `config.json` and `model.safetensors`, loadable with `timm.create_model("local-dir:FOLDER")`.
 
     Args:
-        classes: the class names in the order of the model's outputs.
+        model: in eval mode, on the CPU. classes: the class names in the order of its outputs.
+    Raises:
+        UserError: it would come out of the file with other answers; nothing is written.
     """
-    save_tensors(Path(folder) / "model.safetensors", model.state_dict())
-    with whole_file(Path(folder) / "config.json") as temporary:
-        save_config_for_hf(model, temporary, {"label_names": list(classes)})
+    require_true(model, classes)
+    write_model(model, folder, classes)
 
 
 def weights_of(name_or_path, checkpoint=None):
@@ -370,6 +235,19 @@ def normalize(model, images):
 def features(model, images):
     """Images [B, 3, H, W] in [0, 1] to the features [B, D] that the model's classifier sees."""
     return model.forward_head(model.forward_features(normalize(model, images)), pre_logits=True)
+
+
+@contextmanager
+def classifier_inputs(model):
+    """Inside, a list collects the features [B, D] that the model's classifier sees: of each, where it has several."""
+    heads, seen = model.get_classifier(), []
+    heads = heads if isinstance(heads, tuple | list | nn.ModuleList) else [heads]
+    hooks = [head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(1))) for head in heads]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def with_head(model):

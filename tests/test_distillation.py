@@ -15,9 +15,10 @@ import torch
 import torchvision
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from timm.models import build_model_with_cfg, register_model
 
 import distill
-from common import datasets, models, teachers
+from common import architectures, datasets, models, teachers
 from common.checkpoint import load_checkpoint, load_facts, save_checkpoint
 from common.cli import UserError
 from common.images import as_tensor, load_folder
@@ -277,7 +278,7 @@ def test_dropblock_drops_whole_blocks_and_keeps_the_mean(side, size):
     """How often each position is zero, against the chance that no block of those that would cover it is dropped;
     torchvision agrees where it can (it knows odd sizes only)."""
     torch.manual_seed(0)
-    block, rate, x = models.DropBlock(0.1, 5), 0.1, torch.ones(4000, 3, side, side)
+    block, rate, x = architectures.DropBlock(0.1, 5), 0.1, torch.ones(4000, 3, side, side)
     dropped = block(x)
     places = side - size + 1
     gamma = rate / size**2 * (side / places) ** 2
@@ -294,18 +295,53 @@ def test_dropblock_drops_whole_blocks_and_keeps_the_mean(side, size):
     assert torch.equal(block.eval()(x), x)
 
 
-@pytest.mark.parametrize("name", ["resnet12", "mobilenetv4_conv_small", "repvgg_a0", "tinynet_e"])
-def test_students_of_all_kinds_learn_are_saved_and_load(name, run_dir, tmp_path):
+@pytest.mark.parametrize("name, size", [
+    ("resnet12", 32), ("mobilenetv4_conv_small", 32), ("repvgg_a0", 32), ("tinynet_e", 32), ("dla46x_c", 64),
+    ("deit_tiny_distilled_patch16_224", 32),  # two heads
+    ("fbnetc_100", 32),  # other batch normalisation when it comes out of a file
+    ("xcit_nano_12_p16_224", 64), ("gmlp_ti16_224", 64),  # built for one input size
+])  # fmt: skip
+def test_students_of_all_kinds_learn_are_saved_and_load(name, size, run_dir, tmp_path, monkeypatch):
+    """And what a stranger loads answers as what was trained."""
+    saved, save = [], models.save_model
+    monkeypatch.setattr(models, "save_model", lambda model, *args: saved.append(model) or save(model, *args))
     distill.main(options(
         "--support_dir", run_dir / "support", "--train_dir", run_dir / "generated", "--output_dir", tmp_path,
-        "--student", name, "--student_image_size", 32, "--max_train_steps", 3, "--train_batch_size", 6,
+        "--student", name, "--student_image_size", size, "--max_train_steps", 3, "--train_batch_size", 6,
         "--feature_weight", 1, "--ema_decay", 0.5,
     ))  # fmt: skip
     loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
-    images, *_ = load_folder(run_dir / "support", 32)
+    images, *_ = load_folder(run_dir / "support", size)
     with torch.no_grad():
         logits = loaded(models.normalize(loaded, images))
-    assert models.input_size(loaded) == (32, 32) and logits.shape == (len(images), 2) and logits.isfinite().all()
+        torch.testing.assert_close(logits, saved[0](models.normalize(saved[0], images)), rtol=1e-3, atol=1e-4)
+    assert models.input_size(loaded) == (size, size) and logits.shape == (len(images), 2) and logits.isfinite().all()
+
+
+class Forgetful(architectures.Conv4):
+    """A network whose answers depend on what its file does not hold."""
+
+    def forward(self, x):
+        self.secret = getattr(self, "secret", torch.rand(()).item())
+        return super().forward(x) + self.secret
+
+
+@register_model
+def forgetful(pretrained=False, **kwargs):
+    return build_model_with_cfg(Forgetful, "forgetful", pretrained, **kwargs)
+
+
+@pytest.mark.parametrize("student, message", [
+    (("forgetful", "--student_image_size", 32), "not be saved as it is"),
+    (("mobilenetv4_conv_small", "--student_image_size", 32, "--train_batch_size", 1), "cannot be trained on 1 views"),
+    (("efficientformer_l1", "--student_image_size", 64), "choose another student or --student_image_size"),
+    (("assets/student", "--student_image_size", 8), "--student_image_size"),
+])  # fmt: skip
+def test_what_cannot_be_trained_or_saved_is_refused_before_any_work(student, message, run_dir, tmp_path):
+    with pytest.raises(UserError, match=message):
+        distill.main(options("--support_dir", run_dir / "support", "--supports_only", "--output_dir", tmp_path,
+                             "--max_train_steps", 1, "--student", *student))  # fmt: skip
+    assert not any(tmp_path.iterdir())
 
 
 def test_feature_matching_runs_the_head_once():

@@ -11,7 +11,7 @@ from torchvision.transforms.v2 import functional as TF
 from transformers import CLIPTokenizer
 
 from common import icons_fs, models
-from common.models import InkMap
+from common.architectures import InkMap
 from tests.conftest import ROOT
 
 PERMISSIVE = {
