@@ -19,9 +19,12 @@ import hashlib
 import io
 import json
 import re
+import sys
 from collections import Counter, defaultdict
 from multiprocessing import Pool
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # so that it runs as a file, too
 
 import numpy as np
 import resvg_py

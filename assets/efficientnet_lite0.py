@@ -7,7 +7,10 @@ or --student where the Hugging Face hub is out of reach.
 
 import argparse
 import importlib.util
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # so that it runs as a file, too
 
 import timm
 import torch

@@ -8,7 +8,10 @@ Writes samples_<split>.png, a row of samples for each word after a real drawing,
 """
 
 import argparse
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # so that it runs as a file, too
 
 import numpy as np
 import torch

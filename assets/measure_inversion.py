@@ -7,7 +7,10 @@ by trying every one. Null-text inversion: the reconstruction. Writes <split>.jso
 """
 
 import argparse
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # so that it runs as a file, too
 
 import numpy as np
 import torch

@@ -24,8 +24,11 @@ Stopped (Ctrl-C, SIGTERM) and started again, it goes on.
 
 import argparse
 import math
+import sys
 import time
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # so that it runs as a file, too
 
 import numpy as np
 import timm

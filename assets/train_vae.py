@@ -10,8 +10,11 @@ an exponential moving average. The scaling factor is set so that latents have st
 
 import argparse
 import math
+import sys
 import time
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # so that it runs as a file, too
 
 import torch
 import torch.nn.functional as F

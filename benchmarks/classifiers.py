@@ -7,11 +7,16 @@ Without a head, as features for prototypes. An operation is a multiplication or 
 
 import argparse
 import statistics
+import sys
 import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # so that it runs as a file, too
 
 import torch
 
 from common import models
+from common.cli import HelpFormatter, positive_int, run
 
 
 @torch.no_grad()
@@ -47,10 +52,15 @@ def main(args):
         print(f"| {name} | {height}x{width} | {parameters:,} | {operations / 1e6:.1f} | {latency} |")
 
 
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("models", nargs="+", help="model folders, or timm names for random weights")
+    add("--batch_sizes", type=positive_int, nargs="+", default=[1, 32])
+    add("--num_turns", type=positive_int, default=50)
+    add("--num_threads", type=positive_int, default=2)
+    return parser.parse_args(argv)
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", help="model folders, or timm names for random weights")
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 32])
-    parser.add_argument("--num_turns", type=int, default=50)
-    parser.add_argument("--num_threads", type=int, default=2)
-    main(parser.parse_args())
+    run(main, parse_args)

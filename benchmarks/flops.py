@@ -16,6 +16,8 @@ from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # so that it runs as a file, too
+
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
@@ -24,6 +26,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 import tint_generate
 import tint_invert
 from common import datasets, diffusion
+from common.cli import HelpFormatter, positive_int, run
 from common.records import read_json
 
 SHOTS = 5
@@ -172,8 +175,13 @@ def main(args):
     }, indent=2))  # fmt: skip
 
 
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("--num_episodes", type=positive_int, default=2, help="episodes of five classes to measure on")
+    add("--num_threads", type=positive_int, default=2)
+    return parser.parse_args(argv)
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num_episodes", type=int, default=2, help="episodes of five classes to measure on")
-    parser.add_argument("--num_threads", type=int, default=2)
-    main(parser.parse_args())
+    run(main, parse_args)

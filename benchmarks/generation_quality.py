@@ -13,12 +13,15 @@ import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # so that it runs as a file, too
+
 import torch
 
 import tint_generate
 import tint_invert
 from benchmarks.flops import generation
 from common import datasets, models
+from common.cli import HelpFormatter, natural_int, positive_int, run
 from common.generated import embed, specificity_and_diversity
 from common.images import load_folder
 
@@ -81,16 +84,20 @@ def main(args):
               f"| {near:.3f} | {pairwise:.3f} | {psnr:.1f} |")  # fmt: skip
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("--split", choices=["val", "novel"], default="val")
-    add("--num_episodes", type=int, default=4)
-    add("--num_images_per_class", type=int, default=60)
+    add("--split", default="val", help="the classes to draw from")
+    add("--num_episodes", type=positive_int, default=4)
+    add("--num_images_per_class", type=positive_int, default=60)
     add("--alpha", nargs="+", default=["0.3", "0.5", "0.7"])
     add("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     add("--teacher", default="assets/teacher")
     add("--output_dir", default="outputs/generation_quality")
-    add("--num_threads", type=int, default=2)
-    add("--seed", type=int, default=0)
-    main(parser.parse_args())
+    add("--num_threads", type=positive_int, default=2)
+    add("--seed", type=natural_int, default=0)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run(main, parse_args)

@@ -14,12 +14,15 @@ from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # so that it runs as a file, too
+
 import torch
 
 import tint_generate
 import tint_invert
 from benchmarks.inversion_time import MODEL, seconds
 from common import datasets, diffusion
+from common.cli import HelpFormatter, positive_int, run
 
 
 @torch.no_grad()
@@ -66,10 +69,15 @@ def main(args):
     }, indent=2))  # fmt: skip
 
 
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("--num_images_per_class", type=positive_int, default=100)
+    add("--num_reference_images", type=positive_int, default=20)
+    add("--num_turns", type=positive_int, default=3)
+    add("--num_threads", type=positive_int, default=2)
+    return parser.parse_args(argv)
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num_images_per_class", type=int, default=100)
-    parser.add_argument("--num_reference_images", type=int, default=20)
-    parser.add_argument("--num_turns", type=int, default=3)
-    parser.add_argument("--num_threads", type=int, default=2)
-    main(parser.parse_args())
+    run(main, parse_args)

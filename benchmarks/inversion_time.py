@@ -15,11 +15,14 @@ import time
 from contextlib import redirect_stdout
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # so that it runs as a file, too
+
 import torch
 from tqdm.auto import tqdm
 
 import tint_invert
 from common import datasets, diffusion
+from common.cli import HelpFormatter, positive_int, run
 from common.images import load_folder
 
 MODEL = "assets/mini-sd"
@@ -87,9 +90,14 @@ def main(args):
     }, indent=2))  # fmt: skip
 
 
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("--num_steps", type=positive_int, default=300, help="the reference's steps that are run")
+    add("--num_images", type=positive_int, default=2, help="the images that are inverted its way")
+    add("--num_threads", type=positive_int, default=2)
+    return parser.parse_args(argv)
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num_steps", type=int, default=300, help="the reference's steps that are run")
-    parser.add_argument("--num_images", type=int, default=2, help="the images that are inverted its way")
-    parser.add_argument("--num_threads", type=int, default=2)
-    main(parser.parse_args())
+    run(main, parse_args)

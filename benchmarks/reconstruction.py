@@ -10,7 +10,10 @@ interval over episodes, and the TFLOP that an image would take at Stable Diffusi
 
 import argparse
 import shlex
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # so that it runs as a file, too
 
 import numpy as np
 import scipy.stats
@@ -19,6 +22,7 @@ import torch
 import tint_invert
 from benchmarks import flops
 from common import datasets
+from common.cli import HelpFormatter, UserError, natural_int, positive_int, run
 from common.records import write_json
 
 SETTINGS = {  # options of tint_invert.py
@@ -35,6 +39,8 @@ SHARED = "--guidance_scale 7.5 --max_train_steps 0 --validation_samples 1"
 
 
 def main(args):
+    if args.num_episodes < 2:
+        raise UserError("--num_episodes 1: an interval over episodes needs two.")
     torch.set_num_threads(args.num_threads)
     dataset, root, found = datasets.load_dataset("icons_fs", args.split), Path(args.output_dir), {}
     for index in range(args.num_episodes):
@@ -65,14 +71,17 @@ def main(args):
     write_json(root / f"{args.split}.json", {"settings": vars(args), "results": table})
 
 
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("--output_dir", default="outputs/reconstruction")
+    add("--split", default="val", help="the classes to draw from")
+    add("--num_episodes", type=positive_int, default=2, help="at least 2")
+    add("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="the first is compared to")
+    add("--num_threads", type=positive_int, default=2)
+    add("--seed", type=natural_int, default=0)
+    return parser.parse_args(argv)
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", default="outputs/reconstruction")
-    parser.add_argument("--split", choices=["val", "novel"], default="val")
-    parser.add_argument("--num_episodes", type=int, default=2, help="at least 2")
-    parser.add_argument(
-        "--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="the first is compared to"
-    )
-    parser.add_argument("--num_threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
-    main(parser.parse_args())
+    run(main, parse_args)

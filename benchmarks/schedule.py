@@ -12,13 +12,12 @@ import argparse
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # so that the file can be run as it is, too
+sys.path.insert(0, str(Path(__file__).parent.parent))  # so that it runs as a file, too
 
-from assets.training import save_plot  # noqa: E402
-from benchmarks.students import run_episodes  # noqa: E402
-from common.cli import HelpFormatter, positive, positive_int  # noqa: E402
-from common.report import with_interval  # noqa: E402
+from assets.training import save_plot
+from benchmarks.students import run_episodes
+from common.cli import HelpFormatter, positive, positive_int, run
+from common.report import with_interval
 
 STARTS = {"pretrained": "", "random weights": "--distill.student conv4_64"}
 SOURCES = ("supports", "tint", "real")
@@ -72,4 +71,4 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run(main, parse_args)

@@ -13,7 +13,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common.cli import HelpFormatter, positive_int
+sys.path.insert(0, str(Path(__file__).parent.parent))  # so that it runs as a file, too
+
+from common.cli import HelpFormatter, positive_int, run
 from common.records import read_json
 from common.report import points, with_interval
 
@@ -59,7 +61,8 @@ def run_episodes(args, methods):
         *("--distill", args.distill, "--methods", *methods),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.num_processes))}
-    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    if code := subprocess.run(command, cwd=ROOT, env=environment).returncode:
+        sys.exit(code)  # evaluate.py has said why
     return read_json(ROOT / args.output_dir / "results.json")
 
 
@@ -115,4 +118,4 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run(main, parse_args)

@@ -1,11 +1,17 @@
 """The house: no room leans on the floor above it, and every program runs from where a user starts it."""
 
 import ast
+import contextlib
+import io
+import os
+import runpy
+import sys
 
 import pytest
 import yaml
 
 from tests import ROOT
+from tests.launcher import FORKS
 
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
 ABOVE = SCRIPTS | {"assets", "benchmarks", "tests"}
@@ -46,3 +52,26 @@ def test_what_others_need_to_carry_on_is_there():
     assert any(step.get("run") == ".ci/run" for job in jobs for test in job.values() for step in test["steps"])
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
     assert {hook["id"] for hook in hooks} == {"ruff-check", "ruff-format"}
+
+
+def show_help(folder, cwd):
+    """Shows --help of each program of a folder, as `python FILE` and `python -m MODULE` do, from another folder."""
+    os.chdir(cwd)
+    elsewhere = [path for path in sys.path if path not in ("", str(ROOT))]
+    for file in sorted(path for path in folder.glob("*.py") if "__main__" in path.read_text()):
+        module = f"{folder.name}.{file.stem}"
+        for start, run, name in ((folder, runpy.run_path, str(file)), (ROOT, runpy.run_module, module)):
+            for own in [key for key in sys.modules if key.partition(".")[0] in {"common", *ABOVE}]:
+                del sys.modules[own]
+            sys.path[:], sys.argv, text = [str(start), *elsewhere], [str(file), "--help"], io.StringIO()
+            with contextlib.suppress(SystemExit), contextlib.redirect_stdout(text):
+                run(name, run_name="__main__")
+            assert "usage:" in text.getvalue(), file
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "assets"])
+def test_programs_run_as_a_file_and_as_a_module(folder, tmp_path):
+    process = FORKS.Process(target=show_help, args=(ROOT / folder, tmp_path))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
