@@ -25,14 +25,14 @@ Planning: the cheapest numbers of episodes and queries for a wanted precision (t
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 import distill
 import tint_generate
 import tint_invert
 from common import datasets, episodes, models, planning, statistics
-from common.cli import UserError, argument_parser, named_paths, positive_int, run
+from common.cli import UserError, argument_parser, named_paths, note, positive_int, run
 from common.generated import evaluate_generated
 from common.images import list_images, load_folder, load_image
 from common.processes import start
@@ -42,19 +42,6 @@ from common.runtimes import OPENED_BY, open_exported
 
 STAGES = {"invert": tint_invert, "generate": tint_generate, "distill": distill}  # that the arms of an episode run
 OPTIONS = ("model", "data_dir", "support_dir", "teacher_image_size", "batch_size", "seed")  # that count on a folder
-
-
-class Images(Dataset):
-    """(position, image [3, size, size] in [0, 1]) of a list of files."""
-
-    def __init__(self, paths, size):
-        self.paths, self.size = paths, size
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, i):
-        return i, load_image(self.paths[i], self.size)
 
 
 def load_classifier(path, classes, args, device):
@@ -98,7 +85,11 @@ def require(classes, names, owner, data_dir, hint=""):
 @torch.no_grad()
 def predict(classifier, paths, size, args, accelerator):
     """The predicted output index and its probability for each image, [N] and [N], the same on every process."""
-    loader = accelerator.prepare(DataLoader(Images(paths, size), args.batch_size))
+
+    def load(positions):
+        return torch.tensor(positions), torch.stack([load_image(paths[i], size) for i in positions])
+
+    loader = accelerator.prepare(DataLoader(range(len(paths)), args.batch_size, collate_fn=load))
     predictions, confidences = torch.empty(len(paths), dtype=torch.long), torch.empty(len(paths))
     for positions, images in tqdm(loader, desc="evaluating", disable=not accelerator.is_local_main_process):
         with accelerator.autocast():
@@ -164,6 +155,10 @@ def evaluate_folder(args, accelerator):
     classes = list(by_class)
     paths = [path for name in classes for path in by_class[name]]
     labels = torch.tensor([i for i, name in enumerate(classes) for _ in by_class[name]])
+    supports = list_images(args.support_dir).values() if args.support_dir else []
+    known = {path.read_bytes() for group in supports for path in group}
+    if copies := sum(path.read_bytes() in known for path in paths) if known else 0:
+        note(f"{copies} of {len(paths)} images of {args.data_dir} are supports, which models know by heart")
 
     methods = {}
     for name, path in named_paths(args.model).items():
@@ -176,6 +171,7 @@ def evaluate_folder(args, accelerator):
         for mean, *interval in [statistics.paired_difference(methods[a]["correct"], methods[b]["correct"])]
     ]
     results = {"kind": "accuracy", "data_dir": str(args.data_dir), "num_images": len(paths), "classes": classes}
+    results["num_supports_among_images"] = copies
     return results | {"methods": methods, "paired_differences": pairs} | provenance(args, OPTIONS)
 
 
@@ -264,12 +260,7 @@ def parse_args(argv=None):
     add("--num_unlabeled", type=positive_int, default=100, help="images, times --num_ways, for base and mined")
     add("--web_dir", help="images of anything to mine from; default of icons_fs: those that mini-SD learned from")
     for script, module in STAGES.items():
-        add(
-            f"--{script}",
-            default="",
-            metavar='"OPTIONS"',
-            help=f"options of {module.__name__}.py, for all methods",
-        )
+        add(f"--{script}", default="", metavar='"OPTIONS"', help=f"options of {module.__name__}.py, for all methods")
     add = parser.add_argument_group("planning").add_argument
     add("--plan", action="store_true", help="print the cheapest numbers of episodes and queries")
     add("--pilot", help="results.json of a few episodes")

@@ -105,7 +105,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--output_dir", default="outputs/measure_inversion")
-    add("--split", choices=["val", "novel"], default="val")
+    add("--split", default="val")
     add("--num_episodes", type=int, default=2)
     add("--num_ways", type=int, default=5)
     add("--num_shots", type=int, default=5)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from common import datasets, models, statistics
-from common.cli import UserError
+from common.cli import UserError, note
 from common.images import as_tensor
 from common.processes import stopwatch
 from common.records import check_settings, digest, fingerprint, provenance, read_json, settings_of, write_json
@@ -254,9 +254,7 @@ def other_images(method, folder, seed, supports, dataset, options, args):
         images = references_of(pool.classes)
         apart = [i for i, key in enumerate(keys) if key not in tested]
         if len(apart) < len(images):
-            tqdm.write(
-                f"episode {folder.name}: {len(images) - len(apart)} images to mine from are of its own: left out"
-            )
+            note(f"episode {folder.name}: {len(images) - len(apart)} images to mine from are its own, and left out")
         support_features, _ = features_of(model, dataset, references_of(supports))
         near = nearest(web[apart], support_features.unflatten(0, (args.num_ways, -1)), args.num_unlabeled)
         chosen = [apart[i] for i in near]

@@ -36,9 +36,10 @@ def better(pair):
 
 
 def data_uri(image):
-    """A tensor [3, H, W] in [0, 1], or a PIL image, as the text of a PNG that a page can hold."""
-    if isinstance(image, torch.Tensor):
-        image = as_picture(image)
+    """A tensor [3, H, W] in [0, 1], or a PIL image, as the text of a PNG that a page can hold: of a photograph a small
+    one."""
+    image = as_picture(image) if isinstance(image, torch.Tensor) else image.copy()
+    image.thumbnail((192, 192))  # three times the side at which pages show it
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -168,8 +168,8 @@ def test_mining_needs_images_to_mine_from(tmp_path):
     _, error = launch(*command, "--methods", "mined", "--output_dir", tmp_path / "out", code=2)
     assert "give a folder of them with --web_dir" in error
     command = (*command, "--web_dir", tmp_path / "data", "--output_dir", tmp_path / "out")
-    output, _ = launch(*command, "--methods", "mined", "base")
-    assert "6 images to mine from are of its own: left out" in output  # supports, queries, and the third of b and c
+    _, notes = launch(*command, "--methods", "mined", "base")
+    assert "6 images to mine from are its own, and left out" in notes  # supports, queries, and the third of b and c
     assert {p.parent.name for p in tmp_path.glob("out/episodes/00000/mined-*/*/*.png")} == {"a"}
     _, error = launch(*command, "--methods", "real", code=2)
     assert "2 images beside its supports, 40 of them held back (--num_real)" in error
@@ -348,7 +348,7 @@ def test_other_images_in_a_data_set_are_another_benchmark(tmp_path):
     assert f"--split yours: {tmp_path / 'data' / 'splits.json'} has mine." in error
 
 
-def test_a_student_that_knows_some_of_the_classes_is_refused_unless_prototypes_are_asked_for(tmp_path):
+def test_a_student_that_knows_some_of_the_classes_is_refused_unless_prototypes_are_asked_for(tmp_path, capsys):
     for part, name in itertools.product(("support", "query"), "abc"):
         (tmp_path / part / name).mkdir(parents=True)
         Image.new("RGB", (32, 32), (10, 60 * "abc".index(name), 90)).save(tmp_path / part / name / "0.png")
@@ -374,6 +374,9 @@ def test_a_student_that_knows_some_of_the_classes_is_refused_unless_prototypes_a
     found = measured(backbone, f"head={tmp_path / 'abcd'}", f"some=prototypes:{tmp_path / 'ab'}",
                      f"prototypes:{tmp_path / 'abcd'}")  # fmt: skip
     assert list(found.values()) == ["prototypes", "head", "prototypes", "prototypes"]
+    assert "3 of 3 images of" in capsys.readouterr().err  # they are the supports
+    shutil.rmtree(tmp_path / "query" / "c")
+    assert measured(f"student={tmp_path / 'ab'}") == {"student": "head"}
     with pytest.raises(UserError, match="no features"):
         measured("prototypes:model.onnx")
 
