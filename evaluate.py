@@ -190,7 +190,7 @@ def in_words(results):
 
 def main(args):
     if args.plan:
-        planning.plan(args)
+        planning.print_plan(args)
         return
     group = episodes.leave_group() if args.dataset else ()
     accelerator = start(args)
@@ -264,12 +264,19 @@ def parse_args(argv=None):
     add = parser.add_argument_group("planning").add_argument
     add("--plan", action="store_true", help="print the cheapest numbers of episodes and queries")
     add("--pilot", help="results.json of a few episodes")
-    add("--method", help="the pilot's method to plan for; default: its last")
-    add("--accuracy", type=float, help="accuracy expected; default: the pilot's")
-    add("--episode_variance", type=float, help="variance s2 of the accuracy over episodes; default: the pilot's")
+    add("--method", help="the method to plan for; default: the pilot's last; in a benchmark: each of --methods")
+    add("--compare", nargs=2, metavar="METHOD", help="plan for the paired difference, the first minus the second")
+    add("--accuracy", type=float, help="without a pilot: the accuracy, or for a difference the difference, expected")
+    add("--disagreement", type=float, help="for a difference: share of queries that only one of the two gets right")
+    add("--episode_variance", type=float, help="variance s2 of the accuracy, or the difference, over episodes")
     add("--episode_seconds", type=float, help="cost of an episode without queries; default: the pilot's")
     add("--query_seconds", type=float, help="cost of a query; default: the pilot's")
-    add("--half_width", type=float, help="wanted half-width of the 95%% interval, as 0.01 for one point")
+    add(
+        "--half_width",
+        type=float,
+        help="wanted half-width of the 95%% interval, as 0.01 for one point; with "
+        "--dataset: --num_episodes are a pilot, after which as many are run as that takes",
+    )
     add("--budget_seconds", type=float, help="time to spend")
     add("--max_queries", type=positive_int, help="queries that an episode can have, of all its classes together")
     return parser.parse_args(argv)

@@ -11,7 +11,7 @@ import shlex
 import time
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from common import datasets, models, statistics
+from common import datasets, models, planning, statistics
 from common.cli import UserError, note
 from common.images import as_tensor
 from common.processes import stopwatch
@@ -391,8 +391,12 @@ def leave_group():
     return rank, processes
 
 
-def collect(arms, dataset, args):
-    """What results.json says of a finished benchmark, or None while episodes are missing."""
+def collect(arms, dataset, args, pilot=None):
+    """What results.json says of a finished benchmark, or None while episodes are missing.
+
+    Args:
+        pilot: how many of the episodes decided on the number of all, if any did.
+    """
     correct = {arm.name: [] for arm in arms}
     seconds = {arm.name: [] for arm in arms}
     scripts, episodes = [], []
@@ -403,7 +407,7 @@ def collect(arms, dataset, args):
             record = read_record(folder, arm)
             if not is_done(record, queries):
                 return None
-            correct[arm.name].append([hit for c, q in queries.items() for hit in record["correct"][c][: len(q)]])
+            correct[arm.name].append([record["correct"][c][: len(q)] for c, q in queries.items()])
             seconds[arm.name].append(sum(t for script, t in record["seconds"].items() if script != "query"))
             spent |= {arm.keys.get(what, (what, arm.name)): t for what, t in record["seconds"].items()}
         scripts.append(spent)
@@ -411,13 +415,14 @@ def collect(arms, dataset, args):
     per_query = [sum(t for key, t in spent.items() if key[0] == "query") for spent in scripts]
     methods = {}
     for arm in arms:
-        hits, counts = [sum(row) for row in correct[arm.name]], [len(row) for row in correct[arm.name]]
+        hits, counts = (np.array([[f(c) for c in episode] for episode in correct[arm.name]]) for f in (sum, len))
         with_alpha = arm.method in ("tint", "null_text", "img2img")
         alpha = arm.arguments["generate"].alpha if with_alpha else ["none"]
         methods[arm.name] = {"method": arm.method, "options": arm.options} | {
             "alpha": alpha[0] if len(alpha) == 1 and isinstance(alpha[0], float) else None,
-            **statistics.benchmark_accuracy(hits, counts),
-            "per_episode": [hit / count for hit, count in zip(hits, counts)],
+            **statistics.benchmark_accuracy(hits, counts, pilot),
+            "per_episode": (hits.sum(1) / counts.sum(1)).tolist(),
+            "answers": [["".join(map(str, c)) for c in episode] for episode in correct[arm.name]],
             "seconds": float(np.mean(seconds[arm.name])),
         }
     return {
@@ -425,7 +430,7 @@ def collect(arms, dataset, args):
         "dataset": {"name": args.dataset} | {k: vars(args)[k] for k in (*IDENTITY[2:], "num_queries", "num_episodes")},
         "methods": methods,
         "paired_differences": [
-            {"a": a, "b": b} | statistics.benchmark_difference(correct[a], correct[b])
+            {"a": a, "b": b} | statistics.benchmark_difference(correct[a], correct[b], pilot)
             for a, b in statistics.pairs_of(methods)
         ],
         "episodes": episodes,
@@ -475,14 +480,79 @@ def evaluate_episodes(args, stages, accelerator, rank=0, processes=1):
     arms = [parse_arm(text, args, stages, accelerator.mixed_precision) for text in args.methods]
     if len({arm.name for arm in arms}) < len(arms):
         raise UserError(f"--methods {' '.join(args.methods)}: two have the same name; say NAME=METHOD.")
-    record = Path(args.output_dir) / "benchmark.json"
+    output_dir = Path(args.output_dir)
+    record = output_dir / "benchmark.json"
     identity = {name: vars(args)[name] for name in IDENTITY} | {"images": dataset.fingerprint()}
     if not check_settings(record, identity):
         write_json(record, {"settings": identity})
 
-    for index in tqdm(range(rank, args.num_episodes, processes), desc="episodes", disable=rank > 0):
-        run_episode(index, arms, dataset, args, accelerator.device)
-    results = collect(arms, dataset, args)
+    def run(stage):
+        """This process's share of a stage, whose options are returned."""
+        now = type(args)(**vars(args) | stage)
+        for index in tqdm(range(rank, now.num_episodes, processes), desc="episodes", disable=rank > 0):
+            run_episode(index, arms, dataset, now, accelerator.device)
+        return now
+
+    if args.half_width is None:
+        results = collect(arms, dataset, run({}))
+    else:
+        results = run_stages(run, arms, dataset, args, rank)
     if results is None:
-        print(f"process {rank} has done its share; the one that finishes last writes {args.output_dir}/results.json")
-    return results
+        print(f"process {rank} has done its share; the one that finishes last writes {output_dir}/results.json")
+        return None
+    look = {name: results["dataset"][name] for name in ("num_episodes", "num_queries")}
+    looks = read_json(output_dir / "results.json").get("looks", []) if (output_dir / "results.json").is_file() else []
+    return results | {"looks": looks if looks[-1:] == [look] else [*looks, look]}
+
+
+def run_stages(run, arms, dataset, args, rank):
+    """Runs a pilot of --num_episodes, and then as many episodes as --half_width takes (`planning.next_of`).
+
+    Process 0 decides, once all have done their share, and keeps its decisions in stages.json: the other processes, and
+    a benchmark that is started again, go by them.
+
+    Args:
+        run: function of a stage that does this process's share of it and returns its options.
+    Returns:
+        What results.json says; None for other processes than the first.
+    """
+    path, held = Path(args.output_dir) / "stages.json", args.num_real * any(arm.method == "real" for arm in arms)
+    most = min(map(len, dataset.classes.values())) - args.num_shots - held
+    args.names = [arm.name for arm in arms]
+    for name in args.compare or [args.method or args.names[0]]:
+        if name not in args.names:
+            raise UserError(f"{name} is none of --methods: {', '.join(args.names)}.")
+    if args.num_episodes < 2 or args.num_queries == 1 or not 0 < args.half_width < 0.5:
+        raise UserError(
+            "--half_width, between 0 and 0.5, needs a pilot of 2 --num_episodes and 2 --num_queries or more."
+        )
+    pilot = {"num_episodes": args.num_episodes, "num_queries": args.num_queries, "pilot": args.num_episodes}
+    wish = digest(args.half_width, args.compare, args.method, [arm.key for arm in arms])
+    if rank == 0 and not check_settings(path, pilot):
+        write_json(path, {"settings": pilot, "stages": [pilot], "narrow": None})
+    while True:
+        decided = until(lambda: path.is_file() and read_json(path))
+        stages = decided["stages"]
+        now = run(stages[-1])
+        if rank > 0:
+            if decided["narrow"] == wish:
+                return None
+            until(lambda before=decided: read_json(path) != before)
+            continue
+        results = until(partial(collect, arms, dataset, now, stages[-1]["pilot"]))
+        more = planning.next_of(results, stages, args, most)
+        if more is None:
+            write_json(path, decided | {"narrow": wish})
+            return results | {"half_width": args.half_width, "stages": stages}
+        print(f"{more['num_episodes']} episodes of {more['num_queries'] or 'all'} queries a class come next")
+        write_json(path, decided | {"stages": [*stages, more]})
+
+
+def until(found):
+    """What `found` returns, as soon as it is something: other processes are at work on it."""
+    if value := found():
+        return value
+    print("waiting for the other processes' episodes")
+    while not (value := found()):
+        time.sleep(1)
+    return value

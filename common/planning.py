@@ -1,68 +1,267 @@
-"""How many episodes and queries a benchmark needs: what a pilot, or the user, knows of a method, and the plan of it."""
+"""How many episodes and queries a benchmark needs: what a pilot, or the user, knows of its scores, and the plan of it.
+
+With s2 the variance of an episode's mean score and v that of a query's (`common.statistics`), P episodes of Q queries
+cost P (episode_seconds + Q query_seconds), and their interval has a half-width of about t sqrt((s2 + v / Q) / P).
+"""
 
 from pathlib import Path
+
+import numpy as np
+from scipy.special import stdtrit
+from scipy.stats import chi2
 
 from common import statistics
 from common.cli import UserError
 from common.records import read_json, write_json
 from common.report import percent
+from common.statistics import Moments
+
+MARGIN = 1.05  # more episodes than needed, so that the last few need no stage of their own
+ENOUGH = 20  # episodes to know a variance by: fewer do not decide on more than these
+
+
+def variance_range(m, levels=(0.05, 0.5, 0.95)):
+    """What s2 may be after a pilot of these Moments: quantiles of its posterior under a flat prior of log(s2 + v / Q).
+
+    (P - 1) spread / (s2 + v / Q) is chi-squared with P - 1 degrees of freedom, cut off where s2 < 0: a pilot whose
+    episodes happen to vary no more than their queries does not make s2 nothing. Endless episodes know s2.
+    """
+    if np.isinf(m.episodes):
+        return [float(m.s2)] * len(levels)
+    degrees, noise = m.episodes - 1, statistics.smoothed(m)[1] / m.queries
+    squares = degrees * max(m.spread, 1 / (12 * m.queries**2))
+    possible = chi2.cdf(squares / noise, degrees)
+    return [max(0.0, float(squares / chi2.ppf((1 - level) * possible, degrees) - noise)) for level in levels]
+
+
+def largest_square(m, half_width):
+    """The largest argument with which `statistics.interval` of these Moments has at most this half-width."""
+    low, high = np.full(np.shape(m.mean), -40.0), np.zeros(np.shape(m.mean))
+    for _ in range(40):
+        middle = (low + high) / 2
+        ends = statistics.interval(m, np.exp(middle))
+        narrow = ends[1] - ends[0] <= 2 * half_width
+        low, high = np.where(narrow, middle, low), np.where(narrow, high, middle)
+    return np.exp(low)
+
+
+def squared_half_width(m, s2, num_episodes, num_queries, degrees=np.inf):
+    """What to expect for `statistics.interval`, with Student's quantile of P - 1 degrees of freedom, or of fewer."""
+    student = stdtrit(np.minimum(num_episodes - 1, degrees), 0.975)
+    return student**2 * (s2 + statistics.smoothed(m)[1] / num_queries) / num_episodes
+
+
+def fewest_episodes(m, s2, num_queries, largest):
+    """The smallest P >= 2 at which episodes of each of these numbers of queries [N] have a narrow enough interval.
+
+    After Stein (1945): Student's quantile has the degrees of freedom with which the pilot m knows the variance.
+    """
+    degrees = m.episodes - 1
+    one = stdtrit(degrees, 0.975) ** 2 * (s2 + statistics.smoothed(m)[1] / num_queries)
+    episodes = np.maximum(2.0, np.ceil(one / largest - 1e-9))
+    while (short := squared_half_width(m, s2, episodes, num_queries, degrees) > largest * (1 + 1e-9)).any():
+        episodes += short
+    return episodes
+
+
+def plan(m, episode_seconds, query_seconds, half_width=None, budget_seconds=None, max_queries=None, ways=1):
+    """The cheapest benchmark whose interval has `half_width`, or the most precise one within `budget_seconds`.
+
+    Without rounding, Q = sqrt(v / s2 * episode_seconds / query_seconds): an episode that costs much is worth many
+    queries, until these say less than the next episode would. All multiples of `ways` are tried.
+
+    Args:
+        m: Moments of a pilot, or of endless episodes. max_queries: the most that an episode has.
+    Returns:
+        {"plan", "low", "high": the best if s2 is its median after the pilot, or at the ends of its 90% range;
+        "alternatives" to the plan, "customary": 600 episodes of 15 queries a class, or of max_queries}, each
+        {"num_episodes", "num_queries" of an episode, "half_width": expected, "range": [low, high] that the range of s2
+        allows, "seconds"}.
+    Raises:
+        ValueError: impossible wishes or numbers.
+    """
+    if min(episode_seconds, query_seconds) < 0 or episode_seconds + query_seconds == 0:
+        raise ValueError("an episode and a query must cost something")
+    if half_width is not None and not 0 < half_width < 0.5:
+        raise ValueError(f"a half-width of {half_width} is not between 0 and 0.5")
+    queries = np.arange(ways, (max_queries or 100_000) + 1, ways)
+    if not len(queries):
+        raise ValueError(f"{max_queries} queries an episode are less than one a class")
+    seconds = episode_seconds + queries * query_seconds
+    low, middle, high = variance_range(m)
+    largest = half_width and largest_square(m, half_width)
+
+    def row(num_episodes, num_queries):
+        squares = (squared_half_width(m, s2, num_episodes, num_queries) for s2 in (middle, low, high))
+        widths = [float(np.subtract(*statistics.interval(m, square)[::-1]) / 2) for square in squares]
+        cost = float(num_episodes * (episode_seconds + num_queries * query_seconds))
+        return {
+            "num_episodes": int(num_episodes),
+            "num_queries": int(num_queries),
+            "half_width": widths[0],
+            "range": widths[1:],
+            "seconds": cost,
+        }
+
+    def of_queries(s2):
+        if half_width is not None:
+            return fewest_episodes(m, s2, queries, largest)
+        return np.floor(budget_seconds / seconds + 1e-9)
+
+    def best(s2):
+        episodes = of_queries(s2)
+        if episodes.max() < 2:
+            raise ValueError(f"{budget_seconds} seconds do not pay for two episodes of {episode_seconds} seconds")
+        loss = episodes * seconds if half_width else squared_half_width(m, s2, np.maximum(episodes, 2), queries)
+        i = np.where(episodes < 2, np.inf, loss).argmin()
+        return row(episodes[i], queries[i])
+
+    chosen, episodes = best(middle), of_queries(middle)
+    others = {round(chosen["num_queries"] / ways * factor) for factor in (1 / 16, 1 / 4, 1 / 2, 2, 4, 16)}
+    others = sorted(i - 1 for i in others - {chosen["num_queries"] // ways} if 1 <= i <= len(queries))
+    return {
+        "plan": chosen,
+        "low": best(low),
+        "high": best(high),
+        "alternatives": [row(episodes[i], queries[i]) for i in others if episodes[i] >= 2],
+        "customary": row(600, min(15 * ways, queries[-1])),
+    }
+
+
+def next_stage(pilot, m, half_width):
+    """How many episodes there must be: more than P, or P itself where the benchmark is finished.
+
+    Stein's rule for the pilot, and the same for all episodes so far, should these vary more. Both look at how wide the
+    interval is and never at where it lies, so that stopping by them favours no outcome.
+
+    Args:
+        pilot, m: Moments of the pilot's episodes and of all P, with the same number of queries; numbers or arrays.
+    Returns:
+        (number of episodes, number of those that are the pilot from now on: all, if the pilot was too short).
+    """
+    needed = statistics.squared_margin(m, pilot) / largest_square(m, half_width)
+    needed = np.where(needed <= m.episodes, m.episodes, np.ceil(MARGIN * needed))
+    short = (m.episodes < ENOUGH) & (needed > ENOUGH)
+    return np.where(short, ENOUGH, needed).astype(int), np.where(short, ENOUGH, pilot.episodes)
+
+
+def scores_of(results, names, count=None):
+    """The Moments of the first `count` episodes (default: all) in results.json: of the accuracy of the method in
+    `names`, or of two methods' difference."""
+    answers = [
+        [[[int(hit) for hit in text] for text in episode] for episode in results["methods"][name]["answers"][:count]]
+        for name in names
+    ]
+    if len(names) == 2:
+        return statistics.difference_moments(*answers)
+    hits, counts = ([[f(c) for c in episode] for episode in answers[0]] for f in (sum, len))
+    return statistics.accuracy_moments(hits, counts)
+
+
+def next_of(results, stages, args, max_queries):
+    """The stage of a benchmark that follows the last of `stages`, or None: each interval asked for is narrow enough.
+
+    After the pilot, its episodes get the number of queries that makes the whole cheapest; then come more episodes.
+
+    Args:
+        results: what results.json would say. max_queries: the most that a class has.
+    Returns:
+        {"num_episodes", "num_queries": a class, or None for all, "pilot": how many episodes decide on the number}
+    """
+    wishes = [args.compare] if args.compare else [[name] for name in ([args.method] if args.method else args.names)]
+    stage, ways = stages[-1], results["dataset"]["num_ways"]
+    if len(stages) == 1 and stage["num_queries"]:
+        wish = {"half_width": args.half_width, "max_queries": max_queries * ways, "ways": ways}
+        plans = [plan(scores_of(results, names), **results["cost"], **wish)["plan"] for names in wishes]
+        dearest = max(plans, key=lambda found: found["seconds"])
+        if dearest["num_queries"] != ways * stage["num_queries"]:
+            return stage | {"num_queries": dearest["num_queries"] // ways}
+    found = [
+        next_stage(scores_of(results, names, stage["pilot"]), scores_of(results, names), args.half_width)
+        for names in wishes
+    ]
+    episodes, pilot = (max(map(int, numbers)) for numbers in zip(*found))
+    return None if episodes == stage["num_episodes"] else stage | {"num_episodes": episodes, "pilot": pilot}
 
 
 def read_pilot(args):
-    """Accuracy, its variance over episodes, seconds an episode and a query, and queries an episode of a pilot.
+    """What is known of a score: Moments, seconds an episode and a query, classes of an episode, and whose it is.
 
-    From results.json of a benchmark, or from the command line, which has the last word.
+    From results.json of a benchmark, or from the command line, which has the last word on costs.
     """
-    accuracy, s2, cost, ways = args.accuracy, args.episode_variance, {}, args.num_ways
+    cost, ways = {}, args.num_ways
     if args.pilot:
         if not Path(args.pilot).is_file():
             raise UserError(f"--pilot {args.pilot}: no such file.")
         pilot = read_json(args.pilot)
         if pilot.get("kind") != "benchmark":
             raise UserError(f"--pilot {args.pilot} is no benchmark over episodes: give results.json of --dataset.")
-        name = args.method or list(pilot["methods"])[-1]
-        if name not in pilot["methods"]:
-            raise UserError(f"--method {name}: {args.pilot} has {', '.join(pilot['methods'])}.")
-        method, cost, ways = pilot["methods"][name], pilot["cost"], pilot["dataset"]["num_ways"]
-        accuracy = method["mean"] if accuracy is None else accuracy
-        s2 = method["s2"] if s2 is None else s2
-        print(f"pilot: {name}, {method['num_episodes']} episodes, {method['num_queries']} queries")
+        names = args.compare or [args.method or list(pilot["methods"])[-1]]
+        for name in names:
+            if name not in pilot["methods"]:
+                raise UserError(f"{name} is no method of {args.pilot}, which has {', '.join(pilot['methods'])}.")
+            if "answers" not in pilot["methods"][name]:
+                raise UserError(f"{args.pilot} lacks the answers to single queries: run its command again.")
+        m, cost, ways = scores_of(pilot, names), pilot["cost"], pilot["dataset"]["num_ways"]
+        if m.episodes < 2 or min(len(text) for text in pilot["methods"][names[0]]["answers"][0]) < 2:
+            raise UserError(f"--pilot {args.pilot} needs at least two episodes, and two queries a class.")
+        title = f"{' - '.join(names)}, a pilot of {m.episodes} episodes"
+    elif args.episode_variance is None or (args.accuracy is None and args.disagreement is None):
+        raise UserError(
+            "--plan needs --pilot, a results.json; or --episode_variance, --accuracy (for a difference: "
+            "--disagreement), --episode_seconds and --query_seconds."
+        )
+    else:
+        mean, lowest = args.accuracy or 0.0, 0 if args.disagreement is None else -1
+        square = mean if args.disagreement is None else args.disagreement
+        query_variance = square - mean**2 - args.episode_variance
+        if not 0 < square < 1 or args.episode_variance < 0 or query_variance < 0:
+            raise UserError(
+                f"--plan: a mean of {mean} and a variance of {args.episode_variance} do not go together: "
+                f"0 <= s2 <= {square:g} - {mean:g}^2"
+            )
+        m = Moments(lowest, mean, square, query_variance, args.episode_variance, np.inf, np.inf)
+        title = "a difference" if lowest else "an accuracy"
     seconds = [args.episode_seconds, args.query_seconds]
     seconds = [cost.get(k) if x is None else x for x, k in zip(seconds, ("episode_seconds", "query_seconds"))]
-    if None in (accuracy, s2, *seconds):
-        raise UserError(
-            "--plan needs --pilot, a results.json of at least two episodes with two queries; or all of --accuracy, "
-            "--episode_variance, --episode_seconds and --query_seconds."
-        )
-    return accuracy, s2, *seconds, ways
+    if None in seconds:
+        raise UserError("--plan without --pilot needs --episode_seconds and --query_seconds.")
+    return m, *seconds, ways, title
 
 
-def plan(args):
-    """Prints the cheapest benchmark that reaches --half_width, or the most precise one in --budget_seconds."""
+def print_plan(args):
+    """Prints the cheapest benchmark that reaches --half_width, or the most precise one in --budget_seconds; with its
+    range, where a pilot knows the variance over episodes only so well."""
     if (args.half_width is None) == (args.budget_seconds is None):
         raise UserError("--plan needs one of --half_width and --budget_seconds.")
-    accuracy, s2, episode_seconds, query_seconds, ways = read_pilot(args)
-    wanted = {"half_width": args.half_width, "budget_seconds": args.budget_seconds}
+    m, episode_seconds, query_seconds, ways, title = read_pilot(args)
+    wish = {"half_width": args.half_width, "budget_seconds": args.budget_seconds, "max_queries": args.max_queries}
     try:
-        best, rows = statistics.plan(
-            accuracy, s2, episode_seconds, query_seconds, **wanted, max_queries=args.max_queries
-        )
+        found = plan(m, episode_seconds, query_seconds, **wish, ways=ways)
     except ValueError as error:
         raise UserError(f"--plan: {error}") from error
-    custom = {
-        "num_episodes": 600,
-        "num_queries": 15 * ways,
-        "seconds": 600 * (episode_seconds + 15 * ways * query_seconds),
-    }
-    custom["half_width"] = statistics.expected_half_width(accuracy, s2, 600, 15 * ways)
-    print(f"accuracy {percent(accuracy)} %, variance over episodes s2 = {s2:.5f}")
+    low, _, high = variance_range(m)
+    certain = np.isinf(m.episodes)
+    known = "" if certain else f", 90% range {low:.5f} to {high:.5f}"
+    print(f"{title}: mean {percent(m.mean)} %, variance over episodes s2 = {max(m.s2, 0):.5f}{known}")
     print(f"an episode costs {episode_seconds:.3g} s, a query {query_seconds:.3g} s\n")
-    print(f"{'':12}{'episodes':>9}{'queries in each':>17}{'95% interval':>15}{'hours':>10}")
-    for title, row in [("cheapest", best), *(("", row) for row in rows), ("customary", custom)]:
+    rows = [("best", found["plan"])]
+    rows += [] if certain else [("best if s2 is low", found["low"]), ("best if s2 is high", found["high"])]
+    rows += [("", row) for row in found["alternatives"]] + [("customary", found["customary"])]
+    head = "", "episodes", "queries in each", "95% interval", "" if certain else "90% range", "hours"
+    print("{:20}{:>9}{:>17}{:>14}{:>15}{:>9}".format(*head))
+    for name, row in rows:
+        width, *widths = (f"{100 * value:.2f}" for value in (row["half_width"], *row["range"]))
+        spread = "" if certain else " to ".join(widths)
         print(
-            f"{title:12}{row['num_episodes']:9}{row['num_queries']:17}{'±' + percent(row['half_width']):>15}"
-            f"{row['seconds'] / 3600:10.3g}"
+            f"{name:20}{row['num_episodes']:9}{row['num_queries']:17}{'±' + width:>14}{spread:>15}"
+            f"{row['seconds'] / 3600:9.3g}"
         )
-    per_class = -(-best["num_queries"] // ways)
-    print(f"\nevaluate.py --num_episodes {best['num_episodes']} --num_queries {per_class}   (a class of {ways})")
-    write_json(Path(args.output_dir) / "plan.json", {"plan": best, "alternatives": rows, "customary": custom})
+    chosen = found["plan"]
+    print(
+        f"\nevaluate.py --num_episodes {chosen['num_episodes']} --num_queries {chosen['num_queries'] // ways}"
+        f"   (a class of {ways})"
+    )
+    if args.half_width and not certain:
+        print(f"or, to stop when the interval is narrow enough: evaluate.py --half_width {args.half_width}")
+    write_json(Path(args.output_dir) / "plan.json", found)

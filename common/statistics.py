@@ -1,30 +1,63 @@
-"""Accuracy with honest intervals, on images and over few-shot episodes, and the cheapest benchmark for a wanted one.
+"""Accuracies and their differences with honest intervals, on images and over few-shot episodes.
 
-An episode p has a true accuracy a_p, of mean a and variance s2 over episodes, and Q queries. The mean of P episodes has
+A query has a score: 1 or 0 for right or wrong; of two methods, the difference of these, -1, 0 or 1. An episode has a
+true mean score, which varies over episodes with mean m and variance s2, and Q queries. The mean over P episodes has
 
-    Var(a_hat) = s2 / P + (a - a^2 - s2) / (P Q)                        (Landolsi and Kahl, 2406.03146, theorem 1)
+    Var = s2 / P + v / (P Q),    v = E[score^2] - m^2 - s2 - w
+
+v is the variance of a query's score within its episode. Where queries come in equal numbers a class it is that within
+its class and episode, smaller by w, the variance over the classes of an episode. For an accuracy, whose scores are
+their own squares, and w = 0 this is theorem 1 of Landolsi and Kahl, 2406.03146; for a difference E[score^2] is the
+share of queries that only one of the two methods answers rightly.
 """
 
-import math
-from functools import cache
+from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
-from scipy.stats import t as student_t
+from scipy.special import stdtrit
 
 Z95 = 1.959963984540054  # the normal distribution's 97.5% quantile
+PLANNED = 1.1  # what makes up, in squared margins, for stopping early where bad episodes happen to be missing
 
 
 def wilson_interval(correct, count, z=Z95):
     """The Wilson score interval (1927) of a proportion: (low, high) in [0, 1], sound near 0 and 1 and for few images.
 
     Args:
-        correct: number of successes in `count` independent trials, count > 0.
+        correct: number of successes in `count` independent trials, count > 0; numbers or arrays.
     """
     p = correct / count
     middle = (p + z**2 / (2 * count)) / (1 + z**2 / count)
-    half = z / (1 + z**2 / count) * math.sqrt(p * (1 - p) / count + z**2 / (4 * count**2))
+    half = z / (1 + z**2 / count) * (p * (1 - p) / count + z**2 / (4 * count**2)) ** 0.5
     return middle - half, middle + half
+
+
+def matched_interval(only_a, only_b, count, z=Z95):
+    """The score interval of Tango (1998) of a difference between matched proportions: (low, high) in [-1, 1].
+
+    It holds the differences D that the score test does not reject: (only_a - only_b - count D)^2 <= z^2 count
+    (2 q + D (1 - D)), where q is the most likely share of `only_b` under D.
+
+    Args:
+        only_a, only_b: trials, of `count` in all, in which one alone succeeds; numbers or arrays.
+    """
+    difference = (only_a - only_b) / count
+
+    def rejected(d):
+        b = (2 * count - only_a + only_b) * d - only_a - only_b
+        q = ((b**2 + 8 * count * only_b * d * (1 - d)) ** 0.5 - b) / (4 * count)
+        return (only_a - only_b - count * d) ** 2 > z**2 * count * (2 * q + d * (1 - d))
+
+    ends = []
+    for outside in (-1.0, 1.0):
+        inside = difference
+        for _ in range(40):
+            middle = (inside + outside) / 2
+            beyond = rejected(middle)
+            inside, outside = np.where(beyond, inside, middle), np.where(beyond, middle, outside)
+        ends.append((inside + outside) / 2)
+    return tuple(ends)
 
 
 def accuracy(correct):
@@ -36,24 +69,15 @@ def accuracy(correct):
 def paired_difference(a, b, z=Z95):
     """How much more often `a` is right than `b` on the same trials, with its 95% interval: (difference, low, high).
 
-    The interval is that of Agresti and Min (2005) for matched pairs: Wald's after adding half a trial to each of the
-    four outcomes, which keeps its coverage where the two seldom differ.
+    The interval is Tango's, which keeps its coverage where the two seldom differ, and lies within [-1, 1].
 
     Args:
-        a, b: 1 or 0 for right or wrong, of each trial in the same order.
+        a, b: 1 or 0 for right or wrong, of each trial in the same order; at least one trial.
     """
     only_a = sum(x > y for x, y in zip(a, b, strict=True))
     only_b = sum(x < y for x, y in zip(a, b, strict=True))
-    n, p, q = len(a) + 2, only_a + 0.5, only_b + 0.5
-    middle = (p - q) / n
-    half = z * math.sqrt((p + q) / n - middle**2) / math.sqrt(n)
-    return (only_a - only_b) / len(a), middle - half, middle + half
-
-
-@cache
-def student_quantile(degrees):
-    """The 97.5% quantile of Student's t distribution."""
-    return float(student_t.ppf(0.975, degrees))
+    low, high = matched_interval(only_a, only_b, len(a), z)
+    return (only_a - only_b) / len(a), float(low), float(high)
 
 
 def pairs_of(names):
@@ -61,165 +85,156 @@ def pairs_of(names):
     return [(a, b) for b, a in combinations(names, 2)]
 
 
+@dataclass(frozen=True)
+class Moments:
+    """What episodes say of a score, or would be expected to say: numbers, or arrays over many benchmarks."""
+
+    lowest: int  # the lowest score: 0 of an accuracy, -1 of a difference
+    mean: float  # of scores and of their squares, episodes having equal weight
+    square: float
+    query_variance: float  # v, unbiased
+    spread: float  # sample variance of the episodes' means; expected: s2 + v / Q
+    episodes: int  # P
+    queries: float  # Q, the harmonic mean over episodes
+
+    @property
+    def s2(self):
+        """An unbiased estimate of s2, which may come out negative."""
+        return self.spread - self.query_variance / self.queries
+
+
+def moments(sums, squares, counts, lowest=0):
+    """The Moments of episodes' scores.
+
+    The variance that queries give to an episode's mean is estimated within classes. A class of one query shows none:
+    its score is taken to vary as much as all scores do, which makes s2 too small.
+
+    Args:
+        sums, squares, counts: of the scores, of their squares, and their number, in each class of each episode,
+            [..., P, classes]. An episode without queries has not been run and does not count.
+    """
+    sums, squares, counts = (np.asarray(x, float) for x in (sums, squares, counts))
+    queries = counts.sum(-1)
+    run, queries = queries > 0, np.maximum(queries, 1)
+    means = sums.sum(-1) / queries
+    mean = means.mean(-1, where=run)
+    square = (squares.sum(-1) / queries).mean(-1, where=run)
+    single = (square - mean**2)[..., None, None]
+    within = np.where(counts > 1, (squares - sums**2 / np.maximum(counts, 1)) / np.maximum(counts - 1, 1), single)
+    noise = ((counts * within).sum(-1) / queries**2).mean(-1, where=run)
+    harmonic = 1 / (1 / queries).mean(-1, where=run)
+    episodes = run.sum(-1)
+    spread = ((means - mean[..., None]) ** 2).sum(-1, where=run) / np.maximum(episodes - 1, 1)
+    return Moments(lowest, mean, square, noise * harmonic, spread, episodes, harmonic)
+
+
+def accuracy_moments(hits, counts):
+    """Moments of right answers and queries of each episode [P], or of its classes [P, classes]."""
+    hits, counts = (np.reshape(np.asarray(x, float), (len(x), -1)) for x in (hits, counts))
+    return moments(hits, hits, counts)
+
+
+def difference_moments(a, b):
+    """Moments of a's scores less b's, each 1 or 0 of the queries of each class of each episode, [P][classes][N]."""
+    scores = [[np.subtract(x, y) for x, y in zip(*episode, strict=True)] for episode in zip(a, b, strict=True)]
+    parts = ([[f(score) for score in episode] for episode in scores] for f in (np.sum, np.count_nonzero, np.size))
+    return moments(*parts, lowest=-1)
+
+
+def episode_variance(hits, counts):
+    """An unbiased estimate of s2, which may come out negative, from what `accuracy_moments` takes."""
+    return accuracy_moments(hits, counts).s2
+
+
 def variance_of_mean(a, s2, num_episodes, num_queries):
     """Var(a_hat) of theorem 1: a in [0, 1], s2 in [0, a - a^2]."""
     return s2 / num_episodes + (a - a**2 - s2) / (num_episodes * num_queries)
 
 
-def episode_variance(hits, counts):
-    """An unbiased estimate of s2, which may come out negative: Var(hits / counts) - mean of a_p (1 - a_p) / (Q_p - 1).
+def smoothed(m):
+    """(variance of all scores, v) with one query more, half of which has the lowest score and half the highest: neither
+    is 0 where all answers are alike."""
+    middle, square = (1 + m.lowest) / 2, (1 + m.lowest**2) / 2
+    weight = 1 / (m.episodes * m.queries + 1)
+    mean = m.mean + (middle - m.mean) * weight
+    return m.square + (square - m.square) * weight - mean**2, m.query_variance + (square - m.query_variance) * weight
+
+
+def squared_margin(m, pilot=None):
+    """The square of the half-width, times P, that the mean's interval would have if it were symmetric.
+
+    Student's quantile squared times the episodes' variance. Few episodes may happen to vary less than their queries
+    alone make them: at least, the variance of queries counts, v / Q with the normal quantile (many queries tell v), or
+    what is less, the episodes' variance and that of rounding to whole queries, 1 / (12 Q^2), with Student's.
 
     Args:
-        hits, counts: right answers and queries of each episode [P], P >= 2 and each count >= 2.
+        pilot: Moments of those of the episodes that decided on P (Stein, 1945): what they say counts if it is more.
     """
-    hits, counts = np.asarray(hits, float), np.asarray(counts, float)
-    a = hits / counts
-    return a.var(ddof=1) - (a * (1 - a) / (counts - 1)).mean()
+    if pilot is not None:
+        return PLANNED * np.maximum(squared_margin(m), squared_margin(pilot))
+    student = stdtrit(m.episodes - 1, 0.975) ** 2
+    queries = Z95**2 * smoothed(m)[1] / m.queries
+    return np.maximum(student * m.spread, np.minimum(queries, student * (m.spread + 1 / (12 * m.queries**2))))
 
 
-def benchmark_accuracy(hits, counts):
+def interval(m, squared_half_width):
+    """The 95% interval (low, high), between the lowest score and 1, whose half-width would have this square if it were
+    symmetric: Wilson's or Tango's with the number of trials at which independent queries would vary as much."""
+    trials = smoothed(m)[0] / squared_half_width
+    if m.lowest == 0:
+        return wilson_interval(m.mean * trials, trials, 1.0)
+    return matched_interval((m.square + m.mean) / 2 * trials, (m.square - m.mean) / 2 * trials, trials, 1.0)
+
+
+def benchmark(m, pilot):
+    low, high = interval(m, squared_margin(m, pilot) / m.episodes)
+    return {"mean": float(m.mean), "ci95": [float(low), float(high)], "num_episodes": int(m.episodes)}
+
+
+def benchmark_accuracy(hits, counts, pilot=None):
     """Mean accuracy over episodes, each of equal weight, with a 95% interval for a.
 
-    The interval is Wilson's, with the number of trials at which independent queries would vary as much as the
-    episodes' accuracies do, a_hat (1 - a_hat) P / Var(a_p), and Student's quantile for P - 1 degrees of freedom. Where
-    episodes happen to vary less than single queries alone would make them, the latter counts. In simulated benchmarks
-    it covers a in 93 to 97%, except where there are fewer than some eight wrong answers in all (more than 97%: it is
-    too wide), and where most episodes are faultless and a few are bad, which no small sample shows (accuracies of
-    0.95 +- 0.1: 85% for 10 episodes, 89% for 20, 94% for 100). One episode shows the spread of its queries only: the
-    interval is then Wilson's own, and speaks of that episode.
+    The interval is Wilson's (`interval`, `squared_margin`). In simulated benchmarks it covers a in 93 to 97%, except
+    where there are fewer than some eight wrong answers in all (more than 97%: it is too wide), and where most episodes
+    are faultless and a few are bad, which no small sample shows (accuracies of 0.95 +- 0.1: 85% for 10 episodes, 89%
+    for 20, 94% for 100). One episode shows the spread of its queries only: the interval is then Wilson's own, and
+    speaks of that episode.
 
     Args:
-        hits, counts: right answers and queries of each episode [P].
+        hits, counts: right answers and queries of each episode [P], or of its classes [P, classes], which alone makes
+            s2 unbiased where queries are drawn class by class.
+        pilot: how many of the first episodes decided on the number of all; None: it was fixed beforehand.
     Returns:
         {"mean", "ci95": [low, high], "s2": variance over episodes, at least 0, or None where it cannot be known (one
-        episode, or episodes of one query), "episode_share": share of Var(a_hat) that comes from episodes, or None,
+        episode, or one query a class), "episode_share": share of the mean's variance that comes from episodes, or None,
         "num_episodes", "num_queries": of all episodes}
     """
-    hits, counts = np.asarray(hits, float), np.asarray(counts, float)
-    episodes, queries = len(hits), int(counts.sum())
-    mean, s2, share = float((hits / counts).mean()), None, None
-    if episodes == 1:
-        interval = wilson_interval(int(hits[0]), queries)
+    m, s2, share = accuracy_moments(hits, counts), None, None
+    queries = int(np.sum(counts))
+    if m.episodes == 1:
+        low, high = wilson_interval(np.sum(hits), queries)
+        result = {"mean": float(m.mean), "ci95": [float(low), float(high)], "num_episodes": 1}
     else:
-        spread = (hits / counts).var(ddof=1)
-        smoothed = (hits.sum() + 0.5) / (queries + 1)  # away from 0 and 1
-        binomial = smoothed * (1 - smoothed) * (1 / counts).mean()
-        if spread < binomial:
-            spread = min(binomial, spread + (1 / counts**2).mean() / 12)  # a count is rounded: a uniform's variance
-        trials = smoothed * (1 - smoothed) * episodes / spread
-        interval = wilson_interval(mean * trials, trials, student_quantile(episodes - 1))
-        if counts.min() > 1:
-            s2 = max(0.0, float(episode_variance(hits, counts)))
-            total = variance_of_mean(mean, s2, episodes, 1 / (1 / counts).mean())
-            share = float(s2 / episodes / total) if total > 0 else None
-    return {
-        "mean": mean,
-        "ci95": [float(x) for x in interval],
-        "s2": s2,
-        "episode_share": share,
-        "num_episodes": episodes,
-        "num_queries": queries,
-    }
+        result = benchmark(m, pilot and accuracy_moments(hits[:pilot], counts[:pilot]))
+        if np.min(counts) > 1:
+            s2 = max(0.0, float(m.s2))
+            total = s2 + m.query_variance / m.queries
+            share = float(s2 / total) if total > 0 else None
+    return result | {"s2": s2, "episode_share": share, "num_queries": queries}
 
 
-def benchmark_difference(a, b):
+def benchmark_difference(a, b, pilot=None):
     """How much more accurate method `a` is than `b` on the same queries of the same episodes, with its 95% interval.
 
-    Student's interval over the episodes' differences. Where these vary less than single queries alone would make them,
-    as where the methods hardly ever differ, the variance of single queries counts, with half a query added to each of
-    the four outcomes (Agresti and Min, 2005). One episode: the interval of `paired_difference`.
+    The interval is Tango's (`interval`, `squared_margin`). One episode: that of `paired_difference`.
 
     Args:
-        a, b: for each episode 1 or 0, right or wrong, of each query [P][Q_p], in the same order.
+        a, b: 1 or 0, right or wrong, of each query, [P][classes][N], in the same order.
+        pilot: as in `benchmark_accuracy`.
     Returns:
         {"mean", "ci95": [low, high], "num_episodes"}
     """
     if len(a) == 1:
-        mean, low, high = paired_difference(a[0], b[0])
+        mean, low, high = paired_difference(*(np.hstack(x[0]) for x in (a, b)))
         return {"mean": mean, "ci95": [low, high], "num_episodes": 1}
-    differences = [np.subtract(x, y) for x, y in zip(a, b, strict=True)]
-    means = np.array([d.mean() for d in differences])
-    pooled = np.concatenate(differences)
-    p, q = ((np.sum(pooled == sign) + 0.5) / (len(pooled) + 2) for sign in (1, -1))
-    single = (p + q - (p - q) ** 2) * np.mean([1 / len(d) for d in differences])
-    spread = means.var(ddof=1)
-    if spread < single:
-        spread = min(single, spread + np.mean([1 / len(d) ** 2 for d in differences]) / 12)
-    half = student_quantile(len(means) - 1) * math.sqrt(spread / len(means))
-    interval = [max(-1.0, float(means.mean() - half)), min(1.0, float(means.mean() + half))]
-    return {"mean": float(means.mean()), "ci95": interval, "num_episodes": len(means)}
-
-
-def expected_half_width(a, s2, num_episodes, num_queries):
-    """The half-width to expect of the 95% interval of P >= 2 episodes of Q queries each."""
-    return student_quantile(num_episodes - 1) * math.sqrt(variance_of_mean(a, s2, num_episodes, num_queries))
-
-
-def cheapest_episodes(a, s2, num_queries, half_width):
-    """The smallest P >= 2 at which P episodes of Q queries reach a half-width."""
-    low, high = 1, 2
-    while expected_half_width(a, s2, high, num_queries) > half_width:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        enough = expected_half_width(a, s2, middle, num_queries) <= half_width
-        low, high = (low, middle) if enough else (middle, high)
-    return high
-
-
-def benchmark_of(a, s2, episode_seconds, query_seconds, num_queries, half_width=None, budget_seconds=None):
-    """The benchmark of Q queries an episode that just reaches `half_width`, or just fits `budget_seconds` (None if two
-    episodes do not)."""
-    seconds = episode_seconds + num_queries * query_seconds
-    if half_width is None:
-        episodes = int(budget_seconds / seconds + 1e-9)
-        if episodes < 2:
-            return None
-    else:
-        episodes = cheapest_episodes(a, s2, num_queries, half_width)
-    return {
-        "num_episodes": episodes,
-        "num_queries": num_queries,
-        "half_width": float(expected_half_width(a, s2, episodes, num_queries)),
-        "seconds": episodes * seconds,
-    }
-
-
-def plan(a, s2, episode_seconds, query_seconds, half_width=None, budget_seconds=None, max_queries=None):
-    """The cheapest benchmark whose interval has `half_width`, or the most precise one within `budget_seconds`.
-
-    Without rounding, Q = sqrt((a - a^2 - s2) / s2 * episode_seconds / query_seconds): an episode that costs much is
-    worth many queries, until these say less than the next episode would. The integers around it are tried.
-
-    Args:
-        a, s2: mean accuracy and its variance over episodes. max_queries: the most that an episode has.
-    Returns:
-        (best, alternatives): {"num_episodes", "num_queries" of an episode, "half_width", "seconds"}, and a list of the
-        same for other numbers of queries.
-    Raises:
-        ValueError: impossible wishes or numbers.
-    """
-    noise = a - a**2 - s2
-    if not 0 < a < 1 or s2 < 0 or noise < 0:
-        raise ValueError(f"an accuracy of {a} and a variance of {s2} do not go together: 0 < a < 1, 0 <= s2 <= a - a^2")
-    if episode_seconds < 0 or query_seconds < 0 or episode_seconds + query_seconds == 0:
-        raise ValueError("an episode and a query must cost something")
-    if half_width is not None and not 0 < half_width < 0.5:
-        raise ValueError(f"a half-width of {half_width} is not between 0 and 0.5")
-    limit = max_queries or 100_000
-    ratio = math.inf if not s2 or not query_seconds else noise / s2 * episode_seconds / query_seconds
-    optimum = max(1, min(limit, math.sqrt(ratio)))
-    near = {round(q) for q in np.linspace(optimum / 4, 4 * optimum, 1000)}
-    wishes = {"half_width": half_width, "budget_seconds": budget_seconds}
-
-    def tried(queries):
-        queries = sorted(q for q in queries if 1 <= q <= limit)
-        rows = [benchmark_of(a, s2, episode_seconds, query_seconds, q, **wishes) for q in queries]
-        return [row for row in rows if row]
-
-    rows = tried(near | {1, limit})
-    if not rows:
-        raise ValueError(f"{budget_seconds} seconds do not pay for two episodes of {episode_seconds} seconds")
-    best = min(rows, key=lambda row: (row["seconds"], row["half_width"]) if half_width else row["half_width"])
-    others = {max(1, round(best["num_queries"] * factor)) for factor in (1 / 16, 1 / 4, 1 / 2, 2, 4, 16)}
-    return best, tried(others - {best["num_queries"]})
+    return benchmark(difference_moments(a, b), pilot and difference_moments(a[:pilot], b[:pilot]))

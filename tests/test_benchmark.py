@@ -12,11 +12,12 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from scipy import stats
 
 import distill
 import evaluate
 from benchmarks import students
-from common import datasets, episodes, icons_fs, models
+from common import datasets, episodes, icons_fs, models, planning, statistics
 from common.cli import UserError
 from common.images import as_tensor
 from common.processes import stopwatch
@@ -241,12 +242,44 @@ def test_a_specialised_teacher_is_measured_as_it_teaches(tmp_path):
         assert results_of(tmp_path)["methods"][name]["mean"] == pytest.approx(right)
 
 
+def test_a_benchmark_stops_when_its_interval_is_narrow_enough(tmp_path):
+    """A pilot, the rest, the end: by two processes that do not talk; started again, it goes by what was decided."""
+    command = (*EPISODES, "--num_episodes", 4, "--num_queries", 3, "--methods", "prototypes", "teacher", "--output_dir",
+               tmp_path, "--half_width")  # fmt: skip
+    launch(*command, 0.04, "--compare", "prototypes", "teacher", by=TWO_PROCESSES)
+    first, stages = results_of(tmp_path), json.loads((tmp_path / "stages.json").read_text())["stages"]
+    assert stages[0] == {"num_episodes": 4, "num_queries": 3, "pilot": 4} and len(stages) > 1
+    (pair,) = first["paired_differences"]
+    low, high = pair["ci95"]
+    assert high - low <= 0.08 and pair["num_episodes"] == stages[-1]["num_episodes"] == first["dataset"]["num_episodes"]
+    m, pilot = (planning.scores_of(first, ["teacher", "prototypes"], n) for n in (None, stages[-1]["pilot"]))
+    widest = statistics.interval(m, statistics.squared_margin(m, pilot) / m.episodes)
+    assert [low, high] == pytest.approx(list(widest)) and high - low > 0.04  # it went on no longer than it had to
+
+    episodes = files_of(tmp_path, "episodes/*/result-*.json")
+    launch(*command, 0.04, "--compare", "prototypes", "teacher")
+    assert results_of(tmp_path)["looks"] == first["looks"] and len(first["looks"]) == 1
+    assert files_of(tmp_path, "episodes/*/result-*.json") == episodes
+    assert "A pilot decided" in (tmp_path / "report.html").read_text()
+    launch(*EPISODES, "--num_episodes", 2, "--num_queries", 3, "--methods", "teacher", "--output_dir", tmp_path)
+    assert len(results_of(tmp_path)["looks"]) == 2
+    assert "Results were looked at 2 times" in (tmp_path / "report.html").read_text()
+    for options, message in (((0.04, "--method", "tint"), "none of --methods"), ((0.7,), "between 0 and 0.5")):
+        assert message in launch(*command, *options, code=2)[1]
+
+
 def test_planning_from_a_pilot(tmp_path, capsys):
     """The plan of a pilot's results, of numbers, and what is refused."""
     launch(*EPISODES, "--num_episodes", 4, "--methods", "teacher", "prototypes", "--output_dir", tmp_path)
     output, _ = launch("evaluate.py", "--plan", "--pilot", tmp_path / "results.json", "--method", "teacher",
                        "--half_width", 0.05, "--output_dir", tmp_path / "plan")  # fmt: skip
-    assert "customary" in output and "teacher, 4 episodes" in output
+    assert "customary" in output and "teacher, a pilot of 4 episodes" in output
+    launch("evaluate.py", "--plan", "--pilot", tmp_path / "results.json", "--compare", "teacher", "prototypes",
+           "--half_width", 0.005, "--output_dir", tmp_path / "plan")  # fmt: skip
+    found = json.loads((tmp_path / "plan" / "plan.json").read_text())
+    assert found["low"]["seconds"] < found["plan"]["seconds"] < found["high"]["seconds"]
+    low, high = found["plan"]["range"]
+    assert low < found["plan"]["half_width"] < high and found["plan"]["half_width"] <= 0.005
 
     def plan(*options):
         evaluate.main(evaluate.parse_args(["--plan", "--output_dir", str(tmp_path / "plan"), *map(str, options)]))
@@ -259,6 +292,11 @@ def test_planning_from_a_pilot(tmp_path, capsys):
     episodes, queries = best["num_episodes"], best["num_queries"]
     variance = 0.0025 / episodes + (0.9 - 0.81 - 0.0025) / (episodes * queries)  # theorem 1, by hand
     assert best["half_width"] == pytest.approx(1.96 * variance**0.5, rel=0.02)
+    differing = ("--disagreement", 0.1, "--episode_variance", 0.0004, *numbers[4:], "--half_width", 0.01)
+    difference = plan(*differing)["plan"]
+    variance = (0.0004 + (0.1 - 0.0004) / difference["num_queries"]) / difference["num_episodes"]
+    student = stats.t.ppf(0.975, difference["num_episodes"] - 1)
+    assert difference["half_width"] == pytest.approx(student * variance**0.5, rel=0.03)
     again = plan(*numbers, "--budget_seconds", best["seconds"])["plan"]
     assert again["half_width"] == pytest.approx(best["half_width"], rel=1e-3)
 

@@ -66,6 +66,7 @@ def benchmark(methods, episodes):
         "episodes": [],
         "examples": [{"class": NAME, "supports": [picture], "generated": {NAME: [picture] * 2}}] if methods > 1 else [],
         "cost": {"episode_seconds": 12.3, "query_seconds": 0.01},
+        "looks": [{"num_episodes": n, "num_queries": None} for n in range(1, methods + 1)],
     }  # fmt: skip
 
 
