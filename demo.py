@@ -1,119 +1,267 @@
-"""The whole path on one 5-way 5-shot episode of Icons-FS: the five scripts, one after the other, and what came of it.
+"""The five scripts in a row, on one episode of Icons-FS or on your own photos, and what came of it.
 
     python demo.py
+    python demo.py --support_dir photos --query_dir test_photos
 
-Finished stages are kept: an interrupted demo goes on where it stopped. Delete outputs/demo to run it anew.
+`photos` and `test_photos` hold a folder of images per class. Two students are trained, one on generated images and one
+on the photos alone; the end says which is better on the test photos, and whether so many can tell. Without test photos
+a quarter of each class is held out where every class has 8 or more; else nobody can know.
+
+Finished stages are kept: an interrupted run goes on where it stopped. Where photos were added or taken away, what is
+there is extended, and the students of before are put aside.
 """
 
 import argparse
-import json
+import itertools
 import os
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from common.cli import HelpFormatter, natural_int, run
-from common.records import check_settings, read_json, write_json
+from common.cli import HelpFormatter, UserError, natural_int, run
+from common.images import list_images
+from common.processes import generator
+from common.records import fingerprint, read_json, whole_folder, write_json
+from common.report import better, points, with_interval
+from common.statistics import trials_to_tell
 
-LAUNCH = "-m accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
-STAGES = [
-    ("episode", "-m common.datasets --output_dir {root} --seed {seed}"),
-    ("invert", "{launch} tint_invert.py --support_dir {root}/support --output_dir {root}/inversion --seed {seed}"),
-    ("generate", "{launch} tint_generate.py --inversion_dir {root}/inversion --output_dir {root}/generated"
-                 " --num_images_per_class 100 --seed {seed}"),
-    ("distill", "{launch} distill.py --support_dir {root}/support --output_dir {root}/student_supports --seed {seed}"
-                " --supports_only"),
-    ("distill", "{launch} distill.py --support_dir {root}/support --output_dir {root}/student --seed {seed}"
-                " --train_dir {root}/generated"),
-    ("evaluate", "{launch} evaluate.py --data_dir {root}/query --support_dir {root}/support"
-                 " --output_dir {root}/evaluation --model teacher=assets/teacher student_before=assets/student"
-                 " student_supports={root}/student_supports student_tint={root}/student --seed {seed}"),
-    ("export", "{launch} export.py --model {root}/student --output_dir {root}/export --query_dir {root}/query"
-               " --benchmark --teacher assets/teacher --seed {seed}"),
-]  # fmt: skip
+HERE = Path(__file__).resolve().parent
+MINI_SD = "assets/mini-sd"
+STAGES = {  # each word is filled in on its own, so that paths may hold spaces
+    "episode": "-m common.datasets --output_dir {root} --split {split}",
+    "invert": "tint_invert.py --support_dir {support} --output_dir {root}/inversion"
+              " --pretrained_model_name_or_path {diffusion}",
+    "generate": "tint_generate.py --inversion_dir {root}/inversion --output_dir {root}/generated",
+    "distill_supports": "distill.py --supports_only --support_dir {support} --output_dir {root}/student_supports"
+                        " --teacher {teacher} --student {student}",
+    "distill": "distill.py --train_dir {root}/generated --support_dir {support} --output_dir {root}/student"
+               " --teacher {teacher} --student {student}",
+    "evaluate": "evaluate.py --data_dir {query} --support_dir {support} --output_dir {root}/evaluation"
+                " --model teacher={teacher} student_before={student} student_supports={root}/student_supports"
+                " student_tint={root}/student",
+    "evaluate_generated": "evaluate.py --generated_dir generated={root}/generated --support_dir {support}"
+                          " --data_dir {query} --teacher {teacher} --output_dir {root}/evaluation_generated",
+    "export": "export.py --model {root}/student --data_dir {root}/generated --query_dir {query}"
+              " --support_dir {support} --teacher {teacher} --benchmark --output_dir {root}/export",
+}  # fmt: skip
 TITLES = {
     "teacher": "teacher (cosine prototypes)",
     "student_before": "student before distillation",
-    "student_supports": "student distilled on the supports alone",
-    "student_tint": "student distilled on TINT images",
+    "student_supports": "student distilled on the photos alone",
+    "student_tint": "student distilled on generated images",
 }
+MADE = ("support", "query", "student", "student_supports")  # what is not the same for other photos
+ENOUGH = 8  # photos of each class, of which some can be held out
 
 
-def summarise(root, wall_seconds):
-    """The numbers of summary.json, from what the scripts wrote."""
-    inversions = [json.loads(path.read_text()) for path in sorted(root.glob("inversion/*/inversion.json"))]
-    evaluation = json.loads((root / "evaluation" / "results.json").read_text())
-    export = json.loads((root / "export" / "benchmark.json").read_text())
-    latency = {(row["model"], row["runtime"]): row["median_ms"] for row in export["latency"] if row["batch_size"] == 1}
-    return {
-        "wall_seconds": wall_seconds,
-        "accuracy": {n: {k: m[k] for k in ("mean", "ci95")} for n, m in evaluation["methods"].items()},
-        "paired_differences": evaluation["paired_differences"],
-        "reconstruction_psnr_db": {
-            kind: statistics.mean(value for facts in inversions for value in facts["reconstruction_psnr_db"][kind])
-            for kind in ("ddim", "null_text", "vae")
-        },
-        "onnx_max_abs_diff": export["fidelity"]["onnxruntime fp32"]["max_abs_diff"],
-        "latency_ms": {
-            "teacher": latency["teacher", "torch"],
-            "student_torch": latency["student", "torch"],
-            "student_onnx": latency["student", "onnxruntime"],
-        },
+def hold_out(photos, folder, root, seed):
+    """Copies a quarter of each class to root/query and the rest to root/support, unless that is done. The lot of a
+    photo depends on its name alone: another photo does not change it."""
+    parts = {"support": {}, "query": {}}
+    for name, paths in photos.items():
+        below = sorted((path.relative_to(folder) for path in paths), key=lambda path: lot(seed, path))
+        parts["query"][name], parts["support"][name] = below[: len(below) // 4], below[len(below) // 4 :]
+    for part, chosen in parts.items():
+        if not (root / part).is_dir():
+            with whole_folder(root / part) as temporary:
+                for path in (path for paths in chosen.values() for path in paths):
+                    (temporary / path).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(folder / path, temporary / path)
+
+
+def lot(seed, path):
+    return generator(seed, "held out", path.as_posix()).initial_seed()
+
+
+def find_photos(args, root):
+    """The folders of supports and of queries, or None for the latter. What was made of other photos is put aside.
+
+    Raises:
+        UserError: folders that hold no photos, or a photo in both.
+    """
+    for folder in filter(None, (args.support_dir, args.query_dir)):
+        if root.resolve().is_relative_to(Path(folder).resolve()) or Path(folder).resolve().is_relative_to(
+            root.resolve()
+        ):
+            raise UserError(f"--output_dir {root} and {folder} lie in each other: keep them apart.")
+    photos = list_images(args.support_dir) if args.support_dir else {}
+    queries = list_images(args.query_dir) if args.query_dir else {}
+    known = {path.read_bytes(): path for paths in photos.values() for path in paths} if queries else {}
+    for path in (path for paths in queries.values() for path in paths):
+        if twin := known.get(path.read_bytes()):
+            raise UserError(f"{path} is the same photo as {twin}: what was trained on cannot test. Remove one.")
+
+    facts = {name: fingerprint(paths) for name, paths in photos.items()}
+    record = root / "stages.json"
+    if not record.is_file() or read_json(record)["photos"] != facts:
+        if record.is_file():
+            put_aside(root)
+        elif taken := [str(root / name) for name in MADE if (root / name).exists()]:
+            raise UserError(f"{', '.join(taken)} is there already, and not of this program: give another --output_dir.")
+        write_json(record, {"photos": facts, "stages": {}})
+    if not photos:
+        return root / "support", root / "query"
+    if not queries and min(map(len, photos.values())) >= ENOUGH:
+        hold_out(photos, Path(args.support_dir), root, args.seed)
+        return root / "support", root / "query"
+    return args.support_dir, args.query_dir
+
+
+def put_aside(root):
+    """Renames what was made of other photos and cannot grow."""
+    for folder in (root / name for name in MADE if (root / name).exists()):
+        number = next(n for n in itertools.count(1) if not folder.with_name(f"{folder.name}_{n}").exists())
+        folder.rename(folder.with_name(f"{folder.name}_{number}"))
+        print(f"the photos have changed: {folder} is now {folder}_{number}")
+
+
+def commands(args, support, query):
+    """{stage: words after `python`} of a run from these folders; `query` may be None."""
+    values = {
+        "root": args.output_dir, "support": support, "query": query, "split": args.split,
+        "diffusion": args.pretrained_model_name_or_path, "teacher": args.teacher, "student": args.student,
+    }  # fmt: skip
+    found = {}
+    for stage, template in STAGES.items():
+        if (stage == "episode" and args.support_dir) or (stage == "evaluate" and not query):
+            continue
+        if not query:
+            template = template.replace(" --query_dir {query}", "").replace(" --data_dir {query}", "")
+        if not Path(HERE, args.student).is_dir():  # without weights there is nothing to measure before distillation
+            template = template.replace(" student_before={student}", "")
+        words = [word.format(**values) for word in [*template.split(), "--seed", str(args.seed)]]
+        found[stage] = words + shlex.split(vars(args).get(stage.partition("_")[0]) or "")
+    return found
+
+
+def run_stages(stages, record):
+    """Runs the first stage that is not done as it should be, and all that follow. Returns the seconds of each.
+
+    Args:
+        stages: {stage: words after `python`}. record: file of what is done.
+    """
+    facts, environment = read_json(record), dict(os.environ)
+    before, facts["stages"] = facts["stages"], {}
+    if not sys.stderr.isatty():
+        environment["TQDM_MININTERVAL"] = "20"  # a log needs no moving bar
+    for stage, words in stages.items():
+        command = shlex.join(["python", *words])
+        if before.get(stage, {}).get("command") != command:
+            before = {}
+            print(f"--- {command}", flush=True)
+            start = time.time()
+            code = subprocess.run([sys.executable, *words], cwd=HERE, env=environment).returncode
+            if code:
+                sys.exit(code)  # the script has said why
+            before[stage] = {"command": command, "seconds": round(time.time() - start, 1)}
+            write_json(record, facts | {"stages": facts["stages"] | before})
+        facts["stages"][stage] = before[stage]
+    return {stage: done["seconds"] for stage, done in facts["stages"].items()}
+
+
+def summarise(root, seconds):
+    """The numbers of summary.json, from what the scripts wrote; accuracies only where there are photos to measure."""
+    inversions = [read_json(path)["reconstruction_psnr_db"] for path in sorted(root.glob("inversion/*/inversion.json"))]
+    generated = read_json(root / "evaluation_generated" / "results.json")["sets"]
+    agreement = [row for rows in generated.values() for row in rows]
+    export = read_json(root / "export" / "benchmark.json")
+    latency = {
+        f"{row['model']} {row['runtime']}": row["median_ms"] for row in export["latency"] if row["device"] == "cpu"
     }
+    summary = {
+        "seconds": seconds,
+        "reconstruction_psnr_db": {
+            kind: statistics.mean(value for psnr in inversions for value in psnr[kind]) for kind in inversions[0]
+        },
+        "teacher_agreement": sum(row["images"] * row["agreement"]["mean"] for row in agreement)
+        / sum(row["images"] for row in agreement),
+        "max_abs_diff": {name: facts["max_abs_diff"] for name, facts in export["fidelity"].items()},
+        "latency_ms": latency,
+    }
+    if "evaluate" in seconds:
+        found = read_json(root / "evaluation" / "results.json")
+        summary["accuracy"] = {
+            name: {k: m[k] for k in ("mean", "ci95", "count")} for name, m in found["methods"].items()
+        }
+        summary["paired_differences"] = found["paired_differences"]
+        right = (found["methods"][name]["correct"] for name in ("student_tint", "student_supports"))
+        summary["photos_to_tell"] = trials_to_tell(*right)
+    return summary
+
+
+def conclusion(summary, root):
+    """In words which student is better, and whether so many photos can tell."""
+    if "accuracy" not in summary:
+        return (
+            "Which student is better nobody can know: there are no photos to test on. Give some of the same classes as "
+            f"--query_dir; with {ENOUGH} photos of each class or more, a quarter is held out."
+        )
+    ours, count = ("student_tint", "student_supports"), summary["accuracy"]["student_tint"]["count"]
+    pair = next(pair for pair in summary["paired_differences"] if (pair["a"], pair["b"]) == ours)
+    found = f"{points(pair['mean'], *pair['ci95'])} points on {count} test photos"
+    if better(pair) == "student_tint":
+        return f"The student distilled on generated images is better: {found}. Take {root}/student."
+    if better(pair) == "student_supports":
+        return f"The student distilled on the photos alone is better: {found}. Take {root}/student_supports."
+    enough = f"If the difference is as large as it looks, about {summary['photos_to_tell']} could."
+    equal = "They were right equally often."
+    return f"Which student is better cannot be told: generated images minus photos alone, {found}. " + (
+        enough if summary["photos_to_tell"] else equal
+    )
 
 
 def main(args):
-    root, here = Path(args.output_dir).resolve(), Path(__file__).parent
-    root.mkdir(parents=True, exist_ok=True)
-    record = root / "wall_seconds.json"  # of each command that is done
-    check_settings(record, {"seed": args.seed})
-    done = read_json(record)["commands"] if record.is_file() else {}
-    environment = dict(os.environ)
-    if not sys.stderr.isatty():
-        environment["TQDM_MININTERVAL"] = "20"  # a log needs no moving bar
-    for number, (stage, template) in enumerate(STAGES):
-        command = template.format(launch=LAUNCH, root=shlex.quote(str(root)), seed=args.seed)
-        if str(number) in done:
-            continue
-        print(f"--- {stage}: python {command}", flush=True)
-        before = time.time()
-        code = subprocess.run([sys.executable, *shlex.split(command)], cwd=here, env=environment).returncode
-        if code:
-            sys.exit(code)  # the script has said why
-        done[str(number)] = round(time.time() - before, 1)
-        write_json(record, {"settings": {"seed": args.seed}, "commands": done})
-
-    wall_seconds = {}
-    for number, (stage, _) in enumerate(STAGES):
-        wall_seconds[stage] = round(wall_seconds.get(stage, 0) + done[str(number)], 1)
-    summary = summarise(root, wall_seconds)
+    if Path.cwd() != HERE:  # where the scripts run
+        for name in ("output_dir", "support_dir", "query_dir", "pretrained_model_name_or_path", "teacher", "student"):
+            value = vars(args)[name]
+            if value and (name == "output_dir" or Path(value).exists()):
+                vars(args)[name] = str(Path(value).absolute())
+    if args.query_dir and not args.support_dir:
+        raise UserError("--query_dir needs --support_dir, the photos to learn from.")
+    root = Path(args.output_dir)
+    support, query = find_photos(args, root)
+    if args.support_dir and args.pretrained_model_name_or_path == MINI_SD:
+        print(f"note: {MINI_SD} draws icons of 32 x 32 pixels. Photographs want Stable Diffusion, on a GPU: "
+              "--pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5")  # fmt: skip
+    if args.support_dir and query and not args.query_dir:
+        print(f"a quarter of each class is held out for the test: the students learn from {support}")
+    seconds = run_stages(commands(args, support, query), root / "stages.json")
+    summary = summarise(root, seconds)
     write_json(root / "summary.json", summary)
-    print(f"\naccuracy on the other images of the episode's classes, 95% interval ({sum(wall_seconds.values()):.0f} s)")
-    for name, title in TITLES.items():
-        mean, (low, high) = (summary["accuracy"][name][k] for k in ("mean", "ci95"))
-        print(f"  {title:42} {mean:6.1%}  [{low:.1%}, {high:.1%}]")
-    for pair in summary["paired_differences"]:
-        if (pair["a"], pair["b"]) == ("student_tint", "student_supports"):
-            low, high = (100 * x for x in pair["ci95"])
-            print(f"  TINT minus supports alone, paired: {100 * pair['mean']:+.1f} points [{low:+.1f}, {high:+.1f}]")
-    psnr, latency = summary["reconstruction_psnr_db"], summary["latency_ms"]
-    print(f"reconstruction: VAE {psnr['vae']:.1f} dB, null-text {psnr['null_text']:.1f}, DDIM {psnr['ddim']:.1f}")
-    print(
-        f"latency of one image: teacher {latency['teacher']:.2f} ms, student {latency['student_torch']:.2f} ms in "
-        f"PyTorch and {latency['student_onnx']:.2f} ms in ONNX Runtime"
-    )
-    root = args.output_dir
-    print(f"pictures: {root}/generated/grid.png, {root}/inversion/*/reconstruction.png, {root}/evaluation/report.html")
+
+    print(f"\ndone in {sum(seconds.values()):.0f} s")
+    if query:
+        print("accuracy on the test photos, 95% intervals")
+        for name, found in summary["accuracy"].items():
+            print(f"  {TITLES[name]:40} {with_interval(found)} %")
+    print(conclusion(summary, root))
+    print(f"the teacher recognises {summary['teacher_agreement']:.0%} of the generated images")
+    print("reconstruction: " + ", ".join(f"{k} {v:.1f} dB" for k, v in summary["reconstruction_psnr_db"].items()))
+    print("latency of one image: " + ", ".join(f"{k} {v:.2f} ms" for k, v in summary["latency_ms"].items()))
+    print(f"pictures: {root}/generated/grid.png, {root}/inversion/*/reconstruction.png")
+    print(f"reports: {', '.join(str(path) for path in sorted(root.glob('*/report.html')))}")
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--output_dir", default="outputs/demo", help="folder to write to")
-    parser.add_argument("--seed", type=natural_int, default=0, help="seed of the episode and of everything random")
-    return parser.parse_args(argv)
+    add = parser.add_argument
+    add("--support_dir", help="your photos: one folder per class; default: an episode of Icons-FS")
+    add("--query_dir", help="test photos of the same classes")
+    add("--output_dir", help="folder to write to; default: outputs/demo, or outputs/ and the name of --support_dir")
+    add("--seed", type=natural_int, default=0, help="seed of the episode and of everything random")
+    add("--split", default="unseen", help="split of Icons-FS that the episode is drawn from")
+    add("--pretrained_model_name_or_path", default=MINI_SD, help="Stable Diffusion model: folder or hub name")
+    add("--teacher", default="assets/teacher", help="timm backbone: model folder, timm name or hf-hub:name")
+    add("--student", default="assets/student", help="model folder to start from, or timm name for random weights")
+    for script in ("invert", "generate", "distill", "export"):
+        add(f"--{script}", metavar='"OPTIONS"', default="", help="more options of that script")
+    args = parser.parse_args(argv)
+    args.output_dir = args.output_dir or f"outputs/{Path(args.support_dir).name if args.support_dir else 'demo'}"
+    return args
 
 
 if __name__ == "__main__":

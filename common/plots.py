@@ -3,6 +3,7 @@ own ink, light or dark."""
 
 import io
 import re
+import textwrap
 from itertools import accumulate, cycle
 
 import matplotlib
@@ -45,8 +46,10 @@ def write_beside(axes, labels):
         labels: (x, y, name, colour).
     """
     place = axes.transScale + axes.transLimits  # to shares of the axes' width and height
-    labels = sorted(((place.transform(label[:2])[1], *label) for label in labels), key=lambda label: label[0])
-    gap = 14 / (72 * axes.figure.get_figheight() - 45)
+    labels = [(place.transform((x, y))[1], x, y, textwrap.fill(name, 20), colour) for x, y, name, colour in labels]
+    labels.sort(key=lambda label: label[0])
+    lines = max(name.count("\n") + 1 for *_, name, _ in labels)
+    gap = 14 * lines / (72 * axes.figure.get_figheight() - 45)
     up = list(accumulate((y for y, *_ in labels), lambda below, y: max(y, below + gap)))
     down = list(accumulate((y for y, *_ in reversed(labels)), lambda above, y: min(y, above - gap)))[::-1]
     for (_, x, y, name, colour), *heights in zip(labels, up, down):
@@ -132,7 +135,7 @@ def latency_plot(rows):
     for (name, ms, mean, low, high), colour in zip(rows, cycle(COLOURS)):
         if mean is None:
             axes.axhline(ms, color=colour, linestyle="--")
-            name += "\n(accuracy unknown)"
+            name += " (accuracy unknown)"
         else:
             axes.plot([low, high], [ms, ms], linewidth=2.5, color=colour)
             axes.plot(mean, ms, "o", color=colour)

@@ -121,8 +121,8 @@ def generated_table(results):
 
 def generated_page(results):
     """Tables and plots of generated images measured against their supports."""
-    real, plots = results["real"], {}
-    yardstick = real.get("real images", real["supports"])
+    plots = {}
+    yardstick, real = list(results["real"].items())[-1]  # the supports, unless there are other real images
     wanted = {
         "Teacher's agreement with the label, 95% intervals": ("agreement, %", lambda v: in_percent(v["agreement"])),
         "Cosine distance to the nearest support": ("distance", lambda v: [v["nearest_support"]]),
@@ -135,8 +135,8 @@ def generated_page(results):
         }
         series = {name: rows for name, rows in series.items() if len(rows) > 1}
         if series:
-            known = values(yardstick)[0]
-            plots[caption] = alpha_plot(series, label, None if known is None else ("real images", known))
+            known = values(real)[0]
+            plots[caption] = alpha_plot(series, label, None if known is None else (yardstick, known))
     return {"generated": generated_table(results)}, plots
 
 
@@ -171,14 +171,19 @@ def export_page(results):
     plot is of the smallest batch and, on the CPU, most threads."""
     accuracies = results["accuracy"] | {f"student {k}": v.get("accuracy") for k, v in results["fidelity"].items()}
     timed, (head, *cells) = results["latency"], latency_table(results)
-    batch_size = min([row["batch_size"] for row in timed], default=1)
-    threads = max([row["threads"] for row in timed], default=1)
+    smallest = min([row["batch_size"] for row in timed], default=1)
+    most = max([row["threads"] for row in timed], default=1)
     latencies, rows = {}, []
+
+    def conditions(batch_size, threads):
+        return f"batch of {batch_size}, {threads} thread{'s' * (threads > 1)}"
+
     for row, (*_, median, p90, p99, rate) in zip(timed, cells):
         name = f"{row['model']} {row['runtime']} {row['precision']}" + f" on {row['device']}" * (row["device"] != "cpu")
-        title = f"Batch of {row['batch_size']}, {row['threads']} thread{'s' * (row['threads'] > 1)}"
-        latencies.setdefault(title, [["", *head[-4:]]]).append([name, median, p90, p99, rate])
-        if row["batch_size"] == batch_size and (row["threads"] == threads or row["device"] != "cpu"):
+        latencies.setdefault(conditions(row["batch_size"], row["threads"]), [["", *head[-4:]]]).append(
+            [name, median, p90, p99, rate]
+        )
+        if row["batch_size"] == smallest and (row["threads"] == most or row["device"] != "cpu"):
             accuracy = accuracies.get(name) or accuracies.get(f"{row['model']} {row['runtime']}")
             known = in_percent(accuracy) if accuracy else [None] * 3
             rows.append((name.removeprefix("student "), row["median_ms"], *known))
@@ -189,7 +194,7 @@ def export_page(results):
     }
     if all(mean is None for _, _, mean, _, _ in rows):
         return tables, {}
-    caption = f"Accuracy with 95% intervals, and median latency of a batch of {batch_size} with {threads} threads"
+    caption = f"Accuracy with 95% intervals, and median latency of a {conditions(smallest, most)}"
     return tables, {caption: latency_plot(rows)}
 
 
@@ -210,7 +215,9 @@ def write_report(path, results):
     """
     tables, plots = PAGES[results["kind"]](results)
     tables["settings"] = [["option", "value"]] + [
-        [name, value] for name, value in results["settings"].items() if value not in (None, "")
+        [name, " ".join(map(str, value)) if isinstance(value, list) else value]
+        for name, value in results["settings"].items()
+        if value not in (None, "")
     ]
     page = TEMPLATES.get_template(f"{results['kind']}.html").render(results, tables=tables, plots=plots)
     with whole_file(path) as temporary:

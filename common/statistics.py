@@ -80,6 +80,14 @@ def paired_difference(a, b, z=Z95):
     return (only_a - only_b) / len(a), float(low), float(high)
 
 
+def trials_to_tell(a, b, z=Z95):
+    """How many trials would show which of `a` and `b` is right more often, if their differences go on as they do (the
+    interval of `paired_difference` then leaves out 0); None where they are right equally often."""
+    signs = [x - y for x, y in zip(a, b, strict=True)]
+    difference, disagreement = sum(signs) / len(signs), sum(map(abs, signs)) / len(signs)
+    return int(z**2 * disagreement / difference**2) + 1 if difference else None
+
+
 def pairs_of(names):
     """Pairs (a, b) of methods to compare as a minus b: b is named before a."""
     return [(a, b) for b, a in combinations(names, 2)]

@@ -1,40 +1,165 @@
-"""The demo's commands are understood by the scripts, and its summary says what they wrote."""
+"""The demo: its commands are understood by the scripts, photos go all the way, and its words say what they can."""
 
 import importlib
 import json
-import shlex
 import shutil
+import subprocess
+from argparse import Namespace
 
 import numpy as np
+import pytest
 
 import demo
-from tests.conftest import launch
+from common import datasets
+from common.cli import UserError
+from common.statistics import paired_difference, trials_to_tell
+from tests import launcher
+from tests.conftest import INVERT
+
+LITTLE = (
+    "--invert", " ".join(map(str, INVERT)), "--generate", "--num_images_per_class 6",
+    "--distill", "--max_train_steps 6 --train_batch_size 8",
+)  # fmt: skip
 
 
-def test_every_command_is_understood_by_its_script(monkeypatch):
-    for _, template in demo.STAGES:
-        words = shlex.split(template.format(launch="", root="'out put'", seed=3))
+@pytest.mark.parametrize("options", [[], ["--support_dir", "my photos"], ["--support_dir", "my photos", "q"]])
+def test_every_command_is_understood_by_its_script(options, monkeypatch):
+    more = "--distill", "--max_train_steps 7", "--export", "--timing_cache 'a file'", "--output_dir", "out put"
+    args = demo.parse_args([*options[:2], "--seed", "3", *more])
+    query = {0: "out put/query", 2: None, 3: "test photos"}[len(options)]
+    stages = demo.commands(args, args.support_dir or "out put/support", query)
+    assert ("episode" in stages) == (not options) and ("evaluate" in stages) == bool(query)
+    for stage, words in stages.items():
         module = words[1] if words[0] == "-m" else words[0].removesuffix(".py")
-        options = words[2:] if words[0] == "-m" else words[1:]
-        monkeypatch.setattr("sys.argv", [module, *options])
-        args = importlib.import_module(module).parse_args()
-        assert args.seed == 3 and args.output_dir.startswith("out put")
+        monkeypatch.setattr("sys.argv", [module, *words[2 if words[0] == "-m" else 1 :]])
+        found = importlib.import_module(module).parse_args()
+        assert found.seed == 3 and found.output_dir.startswith("out put")
+        assert not stage.startswith("distill") or found.max_train_steps == 7
+        assert stage != "export" or (found.timing_cache == "a file" and found.query_dir == query)
 
 
-def test_summary(run_dir, tmp_path):
-    for part in ("inversion", "export"):
-        shutil.copytree(run_dir / part, tmp_path / part)
-    models = [f"{name}={run_dir / 'student'}" for name in demo.TITLES]
-    launch("evaluate.py", "--model", *models, "--data_dir", run_dir / "query", "--output_dir", tmp_path / "evaluation")
-    summary = demo.summarise(tmp_path, {"invert": 1.5})
-    assert set(summary) == {
-        "wall_seconds", "accuracy", "paired_differences", "reconstruction_psnr_db", "onnx_max_abs_diff", "latency_ms",
-    }  # fmt: skip
-    assert set(summary["accuracy"]) == {"teacher", "student_before", "student_supports", "student_tint"}
-    found = json.loads((tmp_path / "evaluation" / "results.json").read_text())["methods"]["teacher"]
-    low, high = summary["accuracy"]["teacher"]["ci95"]
-    assert 0 <= low < summary["accuracy"]["teacher"]["mean"] == found["mean"] < high <= 1
-    records = [json.loads(p.read_text()) for p in tmp_path.glob("inversion/*/inversion.json")]
+@pytest.fixture
+def photos(tmp_path):
+    """A function that writes so many photos, not square, of two classes to tmp_path/<name> and returns the folder."""
+    data = datasets.load_dataset("icons_fs", "val")
+
+    def write(name, first, last):
+        for c in sorted(data.classes)[:2]:
+            (tmp_path / name / c).mkdir(parents=True, exist_ok=True)
+            for reference in data.classes[c][first:last]:
+                data.open(c, reference).resize((48, 40)).save(tmp_path / name / c / f"{reference}.png")
+        return tmp_path / name
+
+    return write
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """The scripts that the demo has run, each in a fork of a process that has imported what it needs."""
+    started = []
+
+    def run(command, cwd, env):
+        started.append(command[1])
+        code, out, err = launcher.run(command[1:], cwd, 600)
+        print(out, err)
+        return Namespace(returncode=code)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return started
+
+
+def test_photos_go_all_the_way_and_only_what_is_new_is_done_again(photos, scripts, tmp_path, capsys):
+    folder, out = photos("my photos", 0, 8), tmp_path / "out"
+    options = ["--support_dir", str(folder), "--output_dir", str(out), *LITTLE]
+    demo.main(demo.parse_args(options))
+    assert scripts == ["tint_invert.py", "tint_generate.py", "distill.py", "distill.py", "evaluate.py", "evaluate.py",
+                       "export.py"]  # fmt: skip
+    held_out, supports = ({p.relative_to(out / part) for p in out.glob(f"{part}/*/*")} for part in ("query", "support"))
+    assert len(held_out) == 4 and len(supports) == 12 and not held_out & supports
+    summary = json.loads((out / "summary.json").read_text())
+    assert list(summary["accuracy"]) == list(demo.TITLES) and all(m["count"] == 4 for m in summary["accuracy"].values())
+    assert 0 < summary["teacher_agreement"] <= 1 and summary["max_abs_diff"]["onnxruntime fp32"] < 1e-3
+    assert set(summary["latency_ms"]) == {"teacher torch", "student torch", "student onnxruntime"}
+    records = [json.loads(p.read_text()) for p in out.glob("inversion/*/inversion.json")]
     expected = np.mean([r["reconstruction_psnr_db"]["vae"] for r in records])
     assert np.isclose(summary["reconstruction_psnr_db"]["vae"], expected)
-    assert set(summary["latency_ms"]) == {"teacher", "student_torch", "student_onnx"}
+    said = capsys.readouterr().out
+    assert "cannot be told" in said and "on 4 test photos" in said and str(out / "evaluation" / "report.html") in said
+    assert f"{demo.MINI_SD} draws icons" in said
+
+    scripts.clear()
+    demo.main(demo.parse_args(options))
+    assert not scripts and "cannot be told" in capsys.readouterr().out
+
+
+def test_photos_are_held_out_where_there_are_enough_and_are_never_in_both(photos, tmp_path):
+    out = tmp_path / "out"
+
+    def find(*options):
+        return demo.find_photos(demo.parse_args([*map(str, options), "--output_dir", str(out)]), out)
+
+    few, many, test = photos("few", 0, 7), photos("many", 0, 9), photos("test", 9, 12)
+    name = next(many.iterdir()).name
+    (many / name / "nested").mkdir()
+    first = next((many / name).glob("*.png"))
+    first.rename(many / name / "nested" / first.name)
+    assert find("--support_dir", few) == (str(few), None)
+    assert find("--support_dir", few, "--query_dir", test) == (str(few), str(test))
+    support, query = find("--support_dir", many)
+    before = {path.relative_to(out) for path in query.rglob("*.png")}
+    assert len(before) == 4 and len(list(support.rglob("*.png"))) == 14 and (support, query) == (out / "support", query)
+    photos("many", 12, 13)
+    for folder in (out / "student", out / "student_supports"):
+        folder.mkdir()
+    find("--support_dir", many)
+    assert len(before & {path.relative_to(out) for path in query.rglob("*.png")}) >= 2  # one of each class gives way
+    assert len(list((out / "support_1").rglob("*.png"))) == 14  # what was there is put aside
+    assert (out / "student_1").is_dir() and not (out / "student").exists()
+
+    shutil.copy(next((many / name).glob("*.png")), test / name / "another name.png")
+    with pytest.raises(UserError, match=r"another name.png is the same photo as .*many"):
+        find("--support_dir", many, "--query_dir", test)
+    with pytest.raises(UserError, match="student is there already"):
+        (tmp_path / "other" / "student").mkdir(parents=True)
+        demo.find_photos(demo.parse_args(["--support_dir", str(many)]), tmp_path / "other")
+    for root in (many, many / "out", tmp_path):
+        with pytest.raises(UserError, match="keep them apart"):
+            demo.find_photos(demo.parse_args(["--support_dir", str(many), "--output_dir", str(root)]), root)
+
+
+def test_a_stage_that_changed_runs_again_and_all_after_it(scripts, tmp_path):
+    record = tmp_path / "stages.json"
+    record.write_text('{"photos": {}, "stages": {}}')
+    stages = {name: ["-m", "tests.launcher", name] for name in "abc"}
+    for changed, runs in ((None, 3), (None, 0), ("b", 2), ("c", 1), (None, 0)):
+        if changed:
+            stages[changed].append("more")
+        scripts.clear()
+        assert list(demo.run_stages(stages, record)) == list("abc")
+        assert len(scripts) == runs
+
+
+def test_the_conclusion_says_what_so_many_photos_can_tell():
+    def said(mean, low, high, wanted=None):
+        pair = {"a": "student_tint", "b": "student_supports", "mean": mean, "ci95": [low, high]}
+        accuracy = {"student_tint": {"count": 40}}
+        facts = {"accuracy": accuracy, "paired_differences": [pair], "photos_to_tell": wanted}
+        return demo.conclusion(facts, "out")
+
+    assert "generated images is better: +9.0 [+1.0, +20.0] points on 40" in said(0.09, 0.01, 0.2)
+    assert said(-0.09, -0.2, -0.01).endswith("Take out/student_supports.")
+    assert "cannot be told" in said(0.05, -0.1, 0.2, 300) and "about 300 could" in said(0.05, -0.1, 0.2, 300)
+    assert "equally often" in said(0, -0.1, 0.1)
+    assert "nobody can know" in demo.conclusion({}, "out")
+
+
+@pytest.mark.parametrize("only_a, only_b, both", [(3, 1, 36), (1, 6, 200), (5, 4, 91), (2, 0, 9)])
+def test_so_many_trials_tell(only_a, only_b, both):
+    """Where all is repeated so often, the interval leaves out 0; once less, and it does not."""
+    a = [1] * only_a + [0] * only_b + [1] * both
+    b = [0] * only_a + [1] * only_b + [1] * both
+    repeats = -(-trials_to_tell(a, b) // len(a))
+    for times, told in ((repeats, True), (repeats - 1, False)):
+        _, low, high = paired_difference(a * times, b * times) if times else (0, 0, 0)
+        assert (low > 0 or high < 0) == told
+    assert trials_to_tell(a, a) is None

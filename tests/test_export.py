@@ -209,8 +209,7 @@ def test_fidelity_by_hand_and_what_is_said_of_it():
 
 
 def test_the_verdict_says_what_so_many_images_can_show():
-    """Where an answer never changes, n images leave room for a loss of 1.96 / (n + 2): Wald's after adding half a trial
-    to each of the four outcomes, of which two are changes."""
+    """Where no answer changes, the score test of n images does not reject a loss of z^2 / (n + z^2)."""
 
     def changed(images, lost):
         before = torch.eye(2)[torch.zeros(images, dtype=torch.long)]
@@ -218,9 +217,9 @@ def test_the_verdict_says_what_so_many_images_can_show():
         return export.compare(before, after, torch.zeros(images, dtype=torch.long))
 
     assert export.verdict({"fp32": changed(11, 0)}) == (
-        "No loss above 0.5 points was seen, but 11 images cannot rule out one of 15.1: fp32."
+        "No loss above 0.5 points was seen, but 11 images cannot rule out one of 25.9: fp32."
     )
-    assert export.verdict({"fp32": changed(500, 0)}) == "Nothing loses more than 0.5 points of accuracy: fp32."
+    assert export.verdict({"fp32": changed(1000, 0)}) == "Nothing loses more than 0.5 points of accuracy: fp32."
     said = export.verdict({"fp32": changed(100, 0), "fp16": changed(100, 2), "int8": changed(100, 20)})
     assert "fp16 may lose accuracy: -2.0 [" in said and "on 100 images, which cannot tell." in said
-    assert "int8 LOSES accuracy: -20.0 [" in said and said.endswith("cannot rule out one of 1.9: fp32.")
+    assert "int8 LOSES accuracy: -20.0 [" in said and said.endswith("cannot rule out one of 3.7: fp32.")
