@@ -9,11 +9,16 @@ as asked; "cost" is the median, and "90%" the 90% quantile, of the cost divided 
 """
 
 import argparse
+import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # so that it runs as a file, too
 
 import numpy as np
 
 from common import planning, statistics
+from common.cli import HelpFormatter, natural_int, positive_int, run
 
 HARDNESS = np.array([0.2, 0.6, 1.0, 1.4, 1.8])  # shares of errors of five unequal classes
 ONES = np.ones(5, int)
@@ -160,8 +165,13 @@ def main(args):
             )
 
 
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("--num_runs", type=positive_int, default=2000, help="simulated benchmarks a line")
+    add("--seed", type=natural_int, default=0)
+    return parser.parse_args(argv)
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num_runs", type=int, default=2000, help="simulated benchmarks a line")
-    parser.add_argument("--seed", type=int, default=0)
-    main(parser.parse_args())
+    run(main, parse_args)

@@ -480,6 +480,8 @@ def evaluate_episodes(args, stages, accelerator, rank=0, processes=1):
     arms = [parse_arm(text, args, stages, accelerator.mixed_precision) for text in args.methods]
     if len({arm.name for arm in arms}) < len(arms):
         raise UserError(f"--methods {' '.join(args.methods)}: two have the same name; say NAME=METHOD.")
+    for index in range(args.num_episodes):  # a class that is too small is told of now, not after hours
+        draw(index, arms, dataset, args)
     output_dir = Path(args.output_dir)
     record = output_dir / "benchmark.json"
     identity = {name: vars(args)[name] for name in IDENTITY} | {"images": dataset.fingerprint()}

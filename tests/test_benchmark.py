@@ -386,6 +386,21 @@ def test_other_images_in_a_data_set_are_another_benchmark(tmp_path):
     assert f"--split yours: {tmp_path / 'data' / 'splits.json'} has mine." in error
 
 
+def test_a_class_that_is_too_small_is_told_before_any_work(tmp_path):
+    for name, count in (("a", 5), ("b", 5), ("c", 2)):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (8, 8), (60 * i, 0, ord(name))).save(tmp_path / "data" / name / f"{i}.png")
+    (tmp_path / "data" / "splits.json").write_text(json.dumps({"novel": ["a", "b", "c"]}))
+    data = datasets.load_dataset(str(tmp_path / "data"), "novel")
+    seed = next(s for s in range(99) if "c" not in datasets.draw_episode(data, 2, 1, s, 0))
+    options = ("--dataset", tmp_path / "data", "--num_ways", 2, "--num_shots", 1, "--num_queries", 3, "--methods",
+               "teacher", "--seed", seed, "--num_episodes", 20, "--output_dir", tmp_path / "out")  # fmt: skip
+    with pytest.raises(UserError, match="c has 1 images beside its supports"):
+        evaluate.main(evaluate.parse_args([*map(str, options)]))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_student_that_knows_some_of_the_classes_is_refused_unless_prototypes_are_asked_for(tmp_path, capsys):
     for part, name in itertools.product(("support", "query"), "abc"):
         (tmp_path / part / name).mkdir(parents=True)
