@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
@@ -36,16 +37,19 @@ from common.cli import (
     run,
     share,
 )
-from common.images import find_images, list_images, load_image, open_image
+from common.images import find_images, list_images, load_folder, load_image, open_image
 from common.processes import generator, seeded, start
 from common.records import check_settings, fingerprint, settings_of, whole_file, write_json
+from common.report import with_interval
 from common.shards import list_samples, open_samples
+from common.statistics import accuracy
 from common.teachers import SPECIALISATIONS, augmentation, for_views, load_teacher
 
 TRAIN_DIR = "outputs/demo/generated"
 UNKNOWN = -1  # the label of an image that nobody has labelled
+KEPT = 2**31  # bytes of views that are kept at most, where they come round again
 DIVERGED = 10  # times the loss of a student that knows nothing
-OUTSIDE = ("checkpointing_steps", "dataloader_num_workers", "support_dir", "train_dir", "unlabeled_dir")
+OUTSIDE = ("checkpointing_steps", "dataloader_num_workers", "query_dir", "support_dir", "train_dir", "unlabeled_dir")
 
 
 class Views(Dataset):
@@ -85,6 +89,25 @@ def batch_numbers(args, first_step, rank, num_processes):
     )
     numbers = [i * num_processes + rank for i in passes]
     return [number % rounds for number in numbers] if rounds else numbers
+
+
+def batches(views, numbers, args):
+    """Yields the views [B, 3, H, W] in [0, 1] and labels [B, num_classes] of batches by their numbers. Those that come
+    round again are made once, and kept as the bytes that they are, where there is room for all."""
+    keep = args.num_views * views[0][0].numel() <= KEPT
+    fresh = dict.fromkeys(numbers) if keep else numbers
+    sampler = [range(n * args.train_batch_size, (n + 1) * args.train_batch_size) for n in fresh]
+    loader = iter(DataLoader(views, batch_sampler=sampler, num_workers=args.dataloader_num_workers))
+    kept = {}
+    for number in numbers:
+        if number in kept:
+            x, targets = kept[number]
+            yield v2.functional.to_dtype(x, torch.float32, scale=True), targets  # to the bit as they were
+            continue
+        x, targets = next(loader)
+        if keep and args.num_views:
+            kept[number] = (x * 255).round().byte(), targets
+        yield x, targets
 
 
 def distillation_loss(student_logits, teacher_logits, temperature):
@@ -219,25 +242,25 @@ def train(student, teacher, views, args, accelerator, settings):
     """Distils the teacher into the student.
 
     Returns:
-        the trained student, and its mean losses as [[step, loss], ...].
+        the trained student, and a curve [[step, mean loss, share of views with the teacher's class], ...].
     """
     device, checkpoint = accelerator.device, Path(args.output_dir) / "checkpoint.safetensors"
     learner = Learner(student, teacher.prototypes.shape[1] if args.feature_weight else None)
     learner = learner.to(device, memory_format=models.memory_format(student))
-    average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay), use_buffers=True)
     optimizer = torch.optim.AdamW(learner.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
-    state = {"learner": learner, "average": average, "optimizer": optimizer}
+    state = {"learner": learner, "optimizer": optimizer}
+    if args.ema_decay:
+        average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay), use_buffers=True)
+        state["average"] = average
     facts = load_checkpoint(checkpoint, settings, **state)
-    first_step, recent, losses = facts.get("step", 0), facts.get("recent", []), facts.get("losses", [])
+    first_step, recent, curve = facts.get("step", 0), facts.get("recent", []), facts.get("curve", [])
     accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
     model, prepared = accelerator.prepare(learner, optimizer)
     if accelerator.scaler and facts.get("scaler"):  # of fp16's gradients
         accelerator.scaler.load_state_dict(facts["scaler"])
 
     numbers = batch_numbers(args, first_step, accelerator.process_index, accelerator.num_processes)
-    sampler = [range(n * args.train_batch_size, (n + 1) * args.train_batch_size) for n in numbers]
-    loader = DataLoader(views, batch_sampler=sampler, num_workers=args.dataloader_num_workers)
-    batches, mix, answer = zip(numbers, loader), mixing(args), answering(teacher, args)
+    lessons, mix, answer = zip(numbers, batches(views, numbers, args)), mixing(args), answering(teacher, args)
     interval, ignorance = max(1, args.max_train_steps // 10), loss_of_ignorance(views.num_classes, args)
     progress = tqdm(total=args.max_train_steps, initial=first_step, desc="distilling",
                     disable=not accelerator.is_local_main_process)  # fmt: skip
@@ -245,8 +268,8 @@ def train(student, teacher, views, args, accelerator, settings):
     for step in range(first_step, args.max_train_steps):
         for group in prepared.param_groups:
             group["lr"] = learning_rate(step, args)
-        step_loss = 0.0
-        for number, (x, targets) in itertools.islice(batches, args.gradient_accumulation_steps):
+        means = torch.zeros(2, device=device)  # of the loss, and of agreement with the teacher
+        for number, (x, targets) in itertools.islice(lessons, args.gradient_accumulation_steps):
             x, targets = x.to(device), targets.to(device)
             if mix:
                 with seeded(generator(args.seed, "mix", number)):
@@ -254,60 +277,60 @@ def train(student, teacher, views, args, accelerator, settings):
             torch.manual_seed(generator(args.seed, "dropout", step, number).initial_seed())
             with accelerator.accumulate(model):
                 with accelerator.autocast():
-                    loss = total_loss(*model(x), *answer(number, x), targets, args)
+                    (logits, projected), (teacher_logits, embedding) = model(x), answer(number, x)
+                    loss = total_loss(logits, projected, teacher_logits, embedding, targets, args)
                 accelerator.backward(loss)
                 prepared.step()
                 prepared.zero_grad()
-            step_loss += accelerator.reduce(loss.detach(), "mean").item() / args.gradient_accumulation_steps
+            agreement = (logits.argmax(-1) == teacher_logits.argmax(-1)).float().mean()
+            means += torch.stack([loss.detach(), agreement]) / args.gradient_accumulation_steps
         if args.ema_decay:
             average.update_parameters(student)
 
-        recent.append(step_loss)
-        if not math.isfinite(step_loss):
-            raise UserError(f"the loss is {step_loss} at step {step}: use a smaller --learning_rate, or no fp16.")
+        recent.append(accelerator.reduce(means, "mean").tolist())
+        if not math.isfinite(recent[-1][0]):
+            raise UserError(f"the loss is {recent[-1][0]} at step {step}: use a smaller --learning_rate, or no fp16.")
         if len(recent) == interval or step + 1 == args.max_train_steps:
-            losses.append([step + 1, float(np.mean(recent))])
+            loss, agreement = np.mean(recent, 0).tolist()
+            curve.append([step + 1, loss, agreement])
             recent.clear()
-            progress.set_postfix(loss=f"{losses[-1][1]:.4f}")
-            accelerator.log({"distillation/loss": losses[-1][1], "learning_rate": learning_rate(step, args)}, step + 1)
-            if losses[-1][1] > DIVERGED * ignorance:
+            progress.set_postfix(loss=f"{loss:.4f}", as_teacher=f"{agreement:.1%}")
+            values = {"distillation/loss": loss, "distillation/agreement": agreement}
+            accelerator.log(values | {"learning_rate": learning_rate(step, args)}, step + 1)
+            if loss > DIVERGED * ignorance:
                 raise UserError(
-                    f"the loss is {losses[-1][1]:.3g} by step {step}, and a student that knows nothing has "
-                    f"{ignorance:.3g}: training diverges. Use a smaller --learning_rate."
+                    f"the loss is {loss:.3g} by step {step}, and a student that knows nothing has {ignorance:.3g}: "
+                    "training diverges. Use a smaller --learning_rate."
                 )
         progress.update()
         if (step + 1) % args.checkpointing_steps == 0 and step + 1 < args.max_train_steps:
             if accelerator.is_main_process:
-                facts = {"settings": settings, "step": step + 1, "recent": recent, "losses": losses}
+                facts = {"settings": settings, "step": step + 1, "recent": recent, "curve": curve}
                 facts["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else None
                 save_checkpoint(checkpoint, facts, **state)
             accelerator.wait_for_everyone()
-    return (average.module if args.ema_decay else student), losses
+    return (average.module if args.ema_decay else student), curve
 
 
-def write_card(path, args, classes, counts, losses):
-    """README.md of the student: what it is, what it was trained on, how to load it."""
-    lines = [
-        "---",
-        "library_name: timm",
-        "tags: [image-classification, few-shot, distillation]",
-        "---",
-        f"# {Path(args.output_dir).name}: {args.student} for {len(classes)} classes",
-        "",
-        f"Classes: {', '.join(classes)}.",
-        "",
-        f"Distilled from `{args.teacher}`, specialised by {args.teacher_specialization} on {counts[0]} support images, "
-        f"in {args.max_train_steps} steps of {args.train_batch_size} views of these and of {counts[1]} other images. "
-        f"Mean loss at the end: {losses[-1][1]:.4f}.",
-        "",
-        "```python",
-        "import common.models  # knows this project's own architectures",
-        "import timm",
-        f'model = timm.create_model("local-dir:{args.output_dir}", pretrained=True)',
-        "```",
-    ]
-    with whole_file(path) as temporary:
-        temporary.write_text("\n".join(lines) + "\n")
+def accuracy_on(query_dir, student, classes):
+    """The student's accuracy on a folder of test images: see `common.statistics.accuracy`."""
+    images, labels, *_ = load_folder(query_dir, models.input_size(student)[0], classes)
+    with torch.inference_mode():
+        answers = torch.cat([models.with_head(student)(part) for part in images.split(64)]).argmax(-1)
+    return accuracy(answers == labels)
+
+
+def write_card(student, classes, paths, facts, args):
+    """README.md of the student's folder, its manual: what it knows, learned from and is worth, and how to run it."""
+    loader = FileSystemLoader(Path(models.__file__).parent / "templates")
+    templates = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    text = templates.get_template("model_card.md").render(
+        facts, args=args, classes=classes, folder=Path(args.output_dir).resolve(), image=str(paths[0].resolve()),
+        size=models.input_size(student), parameters=sum(p.numel() for p in student.parameters()),
+        architecture=student.pretrained_cfg["architecture"], ours=models.is_ours(student),
+    )  # fmt: skip
+    with whole_file(Path(args.output_dir) / "README.md") as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def main(args):
@@ -317,6 +340,8 @@ def main(args):
     if len(by_class) < 2:
         raise UserError(f"{args.support_dir} holds one class only: there is nothing to tell apart.")
     classes, paths = list(by_class), [path for group in by_class.values() for path in group]
+    if args.query_dir:
+        list_images(args.query_dir, classes)  # a mistake is better known now than after the training
     train_dir, unlabeled = list_others(args)
     samples = list_samples(train_dir, classes) if train_dir else {}
     settings = settings_of(args, *OUTSIDE) | {
@@ -343,51 +368,48 @@ def main(args):
     supports = [(for_views(open_image(path), size, args), label) for path, label in zip(paths, labels.tolist())]
     others = open_others(train_dir, unlabeled, classes, size, args)
     views = Views(supports, others, len(classes), args.support_ratio, augmentation(size, args), args.seed)
-    student, losses = train(student, teacher, views, args, accelerator, settings)
+    student, curve = train(student, teacher, views, args, accelerator, settings)
 
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         student = student.to("cpu", memory_format=torch.contiguous_format).eval()
         models.save_model(student, output_dir, classes)
-        counts = (len(supports), len(others))
-        write_card(output_dir / "README.md", args, classes, counts, losses)
-        facts = {"settings": settings, "classes": classes, "images": counts, "loss": losses}
+        facts = {"settings": settings, "classes": classes, "images": [len(supports), len(others)]}
+        facts |= {"loss": [row[:2] for row in curve], "agreement": [row[::2] for row in curve]}
+        facts["loss_of_ignorance"] = loss_of_ignorance(len(classes), args)
+        if args.query_dir:
+            facts["accuracy"] = accuracy_on(args.query_dir, student, classes)
+        write_card(student, classes, paths, facts, args)
         write_json(output_dir / "distill.json", facts)  # last: it marks the student as done
         (output_dir / "checkpoint.safetensors").unlink(missing_ok=True)
+        _, loss, agreement = curve[-1]
+        print(f"{output_dir}: loss {loss:.4f}; a student that knows nothing has {facts['loss_of_ignorance']:.4f}")
+        print(f"  its answer is the teacher's for {agreement:.1%} of the last views")
+        if args.query_dir:
+            print(f"  accuracy on {facts['accuracy']['count']} test images: {with_interval(facts['accuracy'])} %")
     accelerator.end_training()
-    accelerator.print(f"{output_dir}: final loss {losses[-1][1]:.4f}")
 
 
 def parse_args(argv=None):
     parser = argument_parser(__doc__, "outputs/demo/student")
     add = parser.add_argument
     add("--support_dir", default="outputs/demo/support", help="the real images: one folder per class")
-    add(
-        "--train_dir",
-        help="generated or other images of the classes: a folder for each, or tar shards; default: "
-        f"{TRAIN_DIR}, unless --unlabeled_dir is given",
-    )
+    add("--train_dir", help="generated or other images of the classes, in a folder for each or in tar shards; default: "
+        f"{TRAIN_DIR}, unless --unlabeled_dir is given")  # fmt: skip
     add("--unlabeled_dir", help="images of anything, in folders or not, which the teacher alone labels")
     add("--supports_only", action="store_true", help="train on the supports alone")
+    add("--query_dir", help="test images of the classes, never trained on: the model card tells the accuracy on them")
     add("--support_ratio", type=share, default=0.25, help="share of the views that show supports")
     teacher = parser.add_argument_group("teacher").add_argument
     teacher("--teacher", default="assets/teacher", help="timm backbone: model folder, timm name or hf-hub:name")
     teacher("--teacher_checkpoint", help="safetensors file of weights for it, as of a meta-trained one")
     teacher("--teacher_image_size", type=positive_int, help="the teacher's input side; default: its own")
-    teacher(
-        "--teacher_specialization",
-        choices=SPECIALISATIONS,
-        default="prototypes",
-        help="of the teacher on the "
-        "supports: cosine prototypes, a linear layer on them, or the whole backbone as in P>M>F",
-    )
+    teacher("--teacher_specialization", choices=SPECIALISATIONS, default="prototypes", help="of the teacher on the "
+            "supports: cosine prototypes, a linear layer on them, or the whole backbone as in P>M>F")  # fmt: skip
     teacher("--teacher_scale", type=positive, default=10.0, help="inverse softmax temperature of cosine similarities")
     student = parser.add_argument_group("student").add_argument
-    student(
-        "--student",
-        default="assets/student",
-        help="model folder or hf-hub:name to start from, or timm name for random weights",
-    )
+    student("--student", default="assets/student",
+            help="model folder or hf-hub:name to start from, or timm name for random weights")  # fmt: skip
     student("--student_checkpoint", help="safetensors file of weights to start from")
     student("--student_image_size", type=positive_int, help="the student's input side; default: its own")
     loss = parser.add_argument_group("loss").add_argument
@@ -397,18 +419,11 @@ def parse_args(argv=None):
     views = parser.add_argument_group("views").add_argument
     views("--min_crop", type=positive_share, default=0.6, help="smallest area of a random crop")
     views("--flip_probability", type=share, default=0.5, help="of mirroring; 0 where mirror images are wrong")
-    views(
-        "--color_jitter", type=non_negative, default=0.4, help="strength of changes of brightness, contrast, saturation"
-    )
+    views("--color_jitter", type=non_negative, default=0.4, help="strength of changes of brightness, contrast, colour")
     views("--mixup", type=non_negative, default=0.0, help="mixup's Beta parameter; 0 is off")
     views("--cutmix", type=non_negative, default=0.0, help="CutMix's Beta parameter; 0 is off")
-    views(
-        "--num_views",
-        type=natural_int,
-        default=0,
-        help="views in all, in whole batches, which the teacher answers "
-        "once each and which then come round again; 0: always new ones",
-    )
+    views("--num_views", type=natural_int, default=0, help="views in all, in whole batches, which are made "
+          "and answered by the teacher once, and then come round again; 0: always new ones")  # fmt: skip
     views("--dataloader_num_workers", type=natural_int, default=0, help="processes that make views")
     training = parser.add_argument_group("training").add_argument
     training("--max_train_steps", type=positive_int, default=300, help="steps of optimisation")
@@ -418,7 +433,7 @@ def parse_args(argv=None):
     training("--weight_decay", type=non_negative, default=1e-2, help="AdamW's weight decay")
     training("--ema_decay", type=share, default=0.0, help="of a moving average of the weights, kept instead; 0 is off")
     training("--checkpointing_steps", type=positive_int, default=100, help="steps between checkpoints")
-    return parser.parse_args(argv)  # fmt: skip
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -115,13 +115,18 @@ def load_weights(model, path):
         raise UserError(f"{path} cannot be read as safetensors weights of {name}: {error}") from error
 
 
+def is_ours(model):
+    """Whether timm alone does not know the architecture: a copy of common/architectures.py then lies in its folder."""
+    return type(model).__module__ == architectures.__name__
+
+
 def write_model(model, folder, classes):
     save_tensors(Path(folder) / "model.safetensors", model.state_dict())
     # What timm's own transform would cut away at the border, this project's models have learned from.
     data_config = {"input_size": (3, *input_size(model)), "crop_pct": 1.0, "interpolation": "bicubic"}
     with whole_file(Path(folder) / "config.json") as temporary:
         save_config_for_hf(model, temporary, {"label_names": list(classes)}, data_config=data_config)
-    if type(model).__module__ == architectures.__name__:
+    if is_ours(model):
         with whole_file(Path(folder) / "architectures.py") as temporary:
             shutil.copyfile(architectures.__file__, temporary)
 

@@ -4,6 +4,8 @@ import copy
 import itertools
 import json
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,7 +23,7 @@ import distill
 from common import architectures, datasets, models, teachers
 from common.checkpoint import load_checkpoint, load_facts, save_checkpoint
 from common.cli import UserError
-from common.images import as_tensor, load_folder
+from common.images import as_tensor, list_images, load_folder, load_image
 from common.processes import generator, seeded
 from common.teachers import augmentation
 from tests.conftest import TWO_PROCESSES, killed_when, launch
@@ -104,6 +106,26 @@ def test_batches_are_shared_out_and_come_round_again():
     assert sorted(itertools.chain(*ranks)) == list(range(2 * 2 * 3, 6 * 2 * 3))
     args.num_views = 45  # five batches
     assert distill.batch_numbers(args, 0, 0, 1) == [i % 5 for i in range(12)]
+
+
+def test_batches_that_come_round_again_are_made_once_and_are_the_same():
+    rng = np.random.default_rng(0)
+    pictures = [(Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)), i % 2) for i in range(4)]
+    args = options("--train_batch_size", 3, "--num_views", 6, "--max_train_steps", 5)
+    made, numbers = [], distill.batch_numbers(args, 0, 0, 1)
+
+    class Watched(distill.Views):
+        def __getitem__(self, i):
+            made.append(i)
+            return super().__getitem__(i)
+
+    views = Watched(pictures, [], 2, 1, teachers.augmentation(16, args), 0)
+    found = list(distill.batches(views, numbers, args))
+    assert numbers == [0, 1, 0, 1, 0] and sorted(made[1:]) == list(range(6))  # the first view tells the size
+    for number, (x, targets) in zip(numbers, found):
+        expected = [views[i] for i in range(3 * number, 3 * number + 3)]
+        assert torch.equal(x, torch.stack([e for e, _ in expected]))
+        assert torch.equal(targets, torch.stack([t for _, t in expected]))
 
 
 def test_the_teacher_answers_each_batch_once_where_batches_come_round():
@@ -407,6 +429,45 @@ def test_a_checkpoint_starts_from_the_same_weights_as_a_folder(run_dir, tmp_path
     save_file(timm.create_model("test_resnet").state_dict(), tmp_path / "resnet.safetensors")
     with pytest.raises(UserError, match=r"resnet\.safetensors cannot be read as safetensors weights of test_convnext"):
         models.load_model("test_convnext", False, checkpoint=str(tmp_path / "resnet.safetensors"))
+
+
+def blocks(card):
+    return [part.partition("```")[0] for part in card.read_text().split("```python\n")[1:]]
+
+
+def test_the_code_of_the_model_card_runs_elsewhere_and_without_this_project(run_dir, tmp_path):
+    """A student of our own architecture, by timm and by ONNX Runtime; and a photograph that is not square."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8))
+    picture.resize((400, 300), Image.Resampling.BICUBIC).save(tmp_path / "photo.png")
+    student, classes = models.load_model(str(run_dir / "student")), models.class_names(run_dir / "student")
+    support = next(iter(list_images(run_dir / "support").values()))[0]
+    for code in blocks(run_dir / "student" / "README.md"):
+        for path in (support, tmp_path / "photo.png"):
+            stranger = [sys.executable, "-I", "-c", code.replace(str(support.resolve()), str(path))]
+            result = subprocess.run(stranger, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+            assert not result.returncode, result.stderr
+            with torch.no_grad():
+                expected = student(models.normalize(student, load_image(path, 32)[None])).softmax(-1)[0]
+            found = {name: float(value) for name, value in (line.split(": ") for line in result.stdout.splitlines())}
+            assert found == pytest.approx(dict(zip(classes, expected.tolist())), abs=2e-4)
+
+
+def test_a_student_says_how_good_it_is_on_a_scale(run_dir, tmp_path):
+    command = ("distill.py", "--support_dir", run_dir / "support", "--supports_only", "--max_train_steps", 3,
+               "--train_batch_size", 4, "--output_dir", tmp_path / "student")  # fmt: skip
+    _, error = launch(*command, "--query_dir", run_dir, code=2)
+    assert "are not the wanted classes" in error and not (tmp_path / "student").exists()
+    out, _ = launch(*command, "--query_dir", run_dir / "query")
+    record = json.loads((tmp_path / "student" / "distill.json").read_text())
+    assert record["loss_of_ignorance"] == pytest.approx(np.log(2)) and 0 <= record["agreement"][-1][1] <= 1
+    student = models.load_model(str(tmp_path / "student"))
+    images, labels, *_ = load_folder(run_dir / "query", 32)
+    with torch.no_grad():
+        right = (student(models.normalize(student, images)).argmax(-1) == labels).double().mean().item()
+    assert record["accuracy"]["mean"] == pytest.approx(right) and record["accuracy"]["count"] == len(labels)
+    card = (tmp_path / "student" / "README.md").read_text()
+    for text in (out, card):
+        assert f"{record['loss'][-1][1]:.4f}" in text and "0.6931" in text and f"{100 * right:.1f}" in text
 
 
 # ---------------------------------------------------------------------------------------------------------- training
