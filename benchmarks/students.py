@@ -50,9 +50,8 @@ def arms(args):
     return found
 
 
-def run_episodes(args, methods):
-    """results.json of evaluate.py on episodes of Icons-FS, in processes among which the cores are shared out."""
-    command = [
+def command(args, methods):
+    return [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.num_processes)),
         *("evaluate.py", "--dataset", "icons_fs", "--split", args.split, "--num_queries", "all"),
         *("--num_ways", str(args.num_ways), "--num_shots", str(args.num_shots)),
@@ -60,8 +59,12 @@ def run_episodes(args, methods):
         *("--num_unlabeled", str(args.num_images), "--generate", f"--num_images_per_class {args.num_images}"),
         *("--distill", args.distill, "--methods", *methods),
     ]
+
+
+def run_episodes(args, methods):
+    """results.json of evaluate.py on episodes of Icons-FS, in processes among which the cores are shared out."""
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.num_processes))}
-    if code := subprocess.run(command, cwd=ROOT, env=environment).returncode:
+    if code := subprocess.run(command(args, methods), cwd=ROOT, env=environment).returncode:
         sys.exit(code)  # evaluate.py has said why
     return read_json(ROOT / args.output_dir / "results.json")
 

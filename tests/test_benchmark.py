@@ -457,7 +457,7 @@ def test_bad_methods_are_refused(tmp_path, capsys):
 def test_the_table_of_students():
     """benchmarks.students asks for arms that differ, and reads pairs in either order."""
     args = students.parse_args(["--num_shots", "5", "--num_images", "9", "--max_train_steps", "7", "8"])
-    command = students.command(args)
+    command = students.command(args, students.arms(args))
     options = evaluate.parse_args(command[command.index("evaluate.py") + 1 :])
     arms = {arm.name: arm for arm in (episodes.parse_arm(text, options, evaluate.STAGES) for text in options.methods)}
     assert len({arm.key for arm in arms.values()}) == len(arms) == 2 + 2 * len(students.METHODS)
