@@ -37,9 +37,9 @@ STAGES = {  # each word is filled in on its own, so that paths may hold spaces
               " --pretrained_model_name_or_path {diffusion}",
     "generate": "tint_generate.py --inversion_dir {root}/inversion --output_dir {root}/generated",
     "distill_supports": "distill.py --supports_only --support_dir {support} --output_dir {root}/student_supports"
-                        " --teacher {teacher} --student {student}",
+                        " --teacher {teacher} --student {student} --query_dir {query}",
     "distill": "distill.py --train_dir {root}/generated --support_dir {support} --output_dir {root}/student"
-               " --teacher {teacher} --student {student}",
+               " --teacher {teacher} --student {student} --query_dir {query}",
     "evaluate": "evaluate.py --data_dir {query} --support_dir {support} --output_dir {root}/evaluation"
                 " --model teacher={teacher} student_before={student} student_supports={root}/student_supports"
                 " student_tint={root}/student",

@@ -213,8 +213,11 @@ def list_others(args):
 
 def open_others(train_dir, unlabeled, classes, size, args):
     """(PIL image, label) of a folder of labelled images and of files of unlabelled ones, ready to make views of."""
-    labeled = open_samples(train_dir) if train_dir else []
-    others = [(for_views(image, size, args), classes.index(row["label"])) for row, image in labeled]
+    others = []
+    for row, image in open_samples(train_dir) if train_dir else []:
+        if row.get("label") not in classes:
+            raise UserError(f"{train_dir} has an image of {row.get('label')}, of which {args.support_dir} has none.")
+        others.append((for_views(image, size, args), classes.index(row["label"])))
     return others + [(for_views(open_image(path), size, args), UNKNOWN) for path in unlabeled]
 
 

@@ -46,7 +46,8 @@ def list_samples(folder, classes):
         return list_images(folder, classes)
     if not (folder / "metadata.jsonl").is_file():
         raise UserError(f"{folder} has no metadata.jsonl: tint_generate.py has not finished. Start it again.")
-    found = {row["label"] for row in read_json_lines(folder / "metadata.jsonl")}
+    rows = read_json_lines(folder / "metadata.jsonl")
+    found = {str(row.get("label")) if isinstance(row, dict) else "?" for row in rows}
     if found != set(classes):
         raise UserError(f"{folder} has images of {sorted(found)}, and {sorted(classes)} are wanted.")
     return {"": shards}
@@ -73,7 +74,8 @@ def open_samples(folder, size=None, wanted=None):
 def read_folder(folder):
     metadata = folder / "metadata.jsonl"
     rows = read_json_lines(metadata) if metadata.is_file() else []
-    known = {row.get("file_name"): row for row in rows if isinstance(row, dict)}
+    rows = [row for row in rows if isinstance(row, dict)]  # the file may be somebody else's, with rows of any kind
+    known = {row["file_name"]: row for row in rows if isinstance(row.get("file_name"), str)}
     for label, paths in list_images(folder).items():
         for path in paths:
             name = path.relative_to(folder).as_posix()

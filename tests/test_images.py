@@ -17,6 +17,7 @@ import tint_invert
 from common import models
 from common.cli import UserError, note
 from common.images import find_images, list_images, load_image, open_image
+from common.shards import list_samples, open_samples
 from tests import ROOT
 from tests.conftest import launch
 
@@ -188,3 +189,20 @@ def test_what_cannot_be_read_is_named(tmp_path):
     for name in ("float.tiff", "page.png"):
         with pytest.raises(UserError, match=f"{name} cannot be read as an image"):
             load_image(tmp_path / name)
+
+
+def test_a_foreign_metadata_file_is_in_the_way_of_nothing(photos, tmp_path):
+    """Its rows may be of any kind; an image's class is its folder."""
+    for path in photos.glob("*/0.png"):
+        target = tmp_path / path.relative_to(photos)
+        target.parent.mkdir()
+        target.write_bytes(path.read_bytes())
+    rows = [{"file_name": "one/0.png", "label": "cat", "text": "a photo"}, {"text": "no name"}, ["a"], 3, None,
+            {"file_name": ["one/0.png"]}, {"file_name": None, "label": "one"}]  # fmt: skip
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = [row for row, _ in open_samples(tmp_path)]
+    assert [row["label"] for row in found] == ["one", "three", "two"] and found[0]["text"] == "a photo"
+    assert list(list_samples(tmp_path, ["one", "three", "two"])) == ["one", "three", "two"]
+    (tmp_path / "0.tar").write_bytes(b"")
+    with pytest.raises(UserError, match="are wanted"):
+        list_samples(tmp_path, ["one", "three", "two"])
