@@ -17,9 +17,12 @@ On generated images: how specific and how diverse they are in the teacher's feat
     python evaluate.py --generated_dir outputs/demo/generated --support_dir outputs/demo/support \\
         --data_dir outputs/demo/query
 
-Planning: the cheapest numbers of episodes and queries for a wanted precision (theorem 1 of 2406.03146).
+Planning: the cheapest numbers of episodes and queries for a wanted precision (theorem 1 of 2406.03146), or a benchmark
+that begins with a pilot and stops when its intervals are narrow enough (Stein, 1945).
 
     python evaluate.py --plan --pilot outputs/benchmark/results.json --half_width 0.01
+    python evaluate.py --dataset icons_fs --methods tint textual_inversion --compare tint textual_inversion \\
+        --num_episodes 10 --half_width 0.005 --output_dir outputs/difference
 """
 
 from pathlib import Path
@@ -192,6 +195,10 @@ def main(args):
     if args.plan:
         planning.print_plan(args)
         return
+    if (args.compare or args.method) and args.half_width is None:
+        raise UserError("--compare and --method say what --half_width or --plan is for: give one of these.")
+    if args.half_width is not None and not args.dataset:
+        raise UserError("--half_width needs --plan, or --dataset and a pilot of --num_episodes.")
     group = episodes.leave_group() if args.dataset else ()
     accelerator = start(args)
     if args.dataset:

@@ -12,7 +12,7 @@ import time
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -391,12 +391,16 @@ def leave_group():
     return rank, processes
 
 
-def collect(arms, dataset, args, pilot=None):
+def collect(arms, dataset, args, pilot=None, wishes=()):
     """What results.json says of a finished benchmark, or None while episodes are missing.
 
     Args:
-        pilot: how many of the episodes decided on the number of all, if any did.
+        pilot, wishes: how many of the episodes decided on the number of all, if any did, and for what: as `next_of`.
     """
+
+    def deciding(*names):
+        return pilot if set(names) in map(set, wishes) else None
+
     correct = {arm.name: [] for arm in arms}
     seconds = {arm.name: [] for arm in arms}
     scripts, episodes = [], []
@@ -420,7 +424,7 @@ def collect(arms, dataset, args, pilot=None):
         alpha = arm.arguments["generate"].alpha if with_alpha else ["none"]
         methods[arm.name] = {"method": arm.method, "options": arm.options} | {
             "alpha": alpha[0] if len(alpha) == 1 and isinstance(alpha[0], float) else None,
-            **statistics.benchmark_accuracy(hits, counts, pilot),
+            **statistics.benchmark_accuracy(hits, counts, deciding(arm.name)),
             "per_episode": (hits.sum(1) / counts.sum(1)).tolist(),
             "answers": [["".join(map(str, c)) for c in episode] for episode in correct[arm.name]],
             "seconds": float(np.mean(seconds[arm.name])),
@@ -430,7 +434,7 @@ def collect(arms, dataset, args, pilot=None):
         "dataset": {"name": args.dataset} | {k: vars(args)[k] for k in (*IDENTITY[2:], "num_queries", "num_episodes")},
         "methods": methods,
         "paired_differences": [
-            {"a": a, "b": b} | statistics.benchmark_difference(correct[a], correct[b], pilot)
+            {"a": a, "b": b} | statistics.benchmark_difference(correct[a], correct[b], deciding(a, b))
             for a, b in statistics.pairs_of(methods)
         ],
         "episodes": episodes,
@@ -520,16 +524,17 @@ def run_stages(run, arms, dataset, args, rank):
     """
     path, held = Path(args.output_dir) / "stages.json", args.num_real * any(arm.method == "real" for arm in arms)
     most = min(map(len, dataset.classes.values())) - args.num_shots - held
-    args.names = [arm.name for arm in arms]
-    for name in args.compare or [args.method or args.names[0]]:
-        if name not in args.names:
-            raise UserError(f"{name} is none of --methods: {', '.join(args.names)}.")
+    names = [arm.name for arm in arms]
+    wishes = [args.compare] if args.compare else [[name] for name in ([args.method] if args.method else names)]
+    for name in chain.from_iterable(wishes):
+        if name not in names:
+            raise UserError(f"{name} is none of --methods: {', '.join(names)}.")
     if args.num_episodes < 2 or args.num_queries == 1 or not 0 < args.half_width < 0.5:
         raise UserError(
             "--half_width, between 0 and 0.5, needs a pilot of 2 --num_episodes and 2 --num_queries or more."
         )
     pilot = {"num_episodes": args.num_episodes, "num_queries": args.num_queries, "pilot": args.num_episodes}
-    wish = digest(args.half_width, args.compare, args.method, [arm.key for arm in arms])
+    wish = digest(args.half_width, wishes, [arm.key for arm in arms])
     if rank == 0 and not check_settings(path, pilot):
         write_json(path, {"settings": pilot, "stages": [pilot], "narrow": None})
     while True:
@@ -541,8 +546,8 @@ def run_stages(run, arms, dataset, args, rank):
                 return None
             until(lambda before=decided: read_json(path) != before)
             continue
-        results = until(partial(collect, arms, dataset, now, stages[-1]["pilot"]))
-        more = planning.next_of(results, stages, args, most)
+        results = until(partial(collect, arms, dataset, now, stages[-1]["pilot"], wishes))
+        more = planning.next_of(results, stages, wishes, args.half_width, most)
         if more is None:
             write_json(path, decided | {"narrow": wish})
             return results | {"half_width": args.half_width, "stages": stages}

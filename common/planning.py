@@ -158,27 +158,26 @@ def scores_of(results, names, count=None):
     return statistics.accuracy_moments(hits, counts)
 
 
-def next_of(results, stages, args, max_queries):
+def next_of(results, stages, wishes, half_width, max_queries):
     """The stage of a benchmark that follows the last of `stages`, or None: each interval asked for is narrow enough.
 
     After the pilot, its episodes get the number of queries that makes the whole cheapest; then come more episodes.
 
     Args:
-        results: what results.json would say. max_queries: the most that a class has.
+        results: what results.json would say. wishes: the names of a method, for its accuracy, or of two, for their
+            difference, in a list each. max_queries: the most that a class has.
     Returns:
         {"num_episodes", "num_queries": a class, or None for all, "pilot": how many episodes decide on the number}
     """
-    wishes = [args.compare] if args.compare else [[name] for name in ([args.method] if args.method else args.names)]
     stage, ways = stages[-1], results["dataset"]["num_ways"]
     if len(stages) == 1 and stage["num_queries"]:
-        wish = {"half_width": args.half_width, "max_queries": max_queries * ways, "ways": ways}
-        plans = [plan(scores_of(results, names), **results["cost"], **wish)["plan"] for names in wishes]
+        limits = {"half_width": half_width, "max_queries": max_queries * ways, "ways": ways}
+        plans = [plan(scores_of(results, names), **results["cost"], **limits)["plan"] for names in wishes]
         dearest = max(plans, key=lambda found: found["seconds"])
         if dearest["num_queries"] != ways * stage["num_queries"]:
             return stage | {"num_queries": dearest["num_queries"] // ways}
     found = [
-        next_stage(scores_of(results, names, stage["pilot"]), scores_of(results, names), args.half_width)
-        for names in wishes
+        next_stage(scores_of(results, names, stage["pilot"]), scores_of(results, names), half_width) for names in wishes
     ]
     episodes, pilot = (max(map(int, numbers)) for numbers in zip(*found))
     return None if episodes == stage["num_episodes"] else stage | {"num_episodes": episodes, "pilot": pilot}
