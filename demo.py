@@ -41,8 +41,8 @@ STAGES = {  # each word is filled in on its own, so that paths may hold spaces
     "distill": "distill.py --train_dir {root}/generated --support_dir {support} --output_dir {root}/student"
                " --teacher {teacher} --student {student} --query_dir {query}",
     "evaluate": "evaluate.py --data_dir {query} --support_dir {support} --output_dir {root}/evaluation"
-                " --model teacher={teacher} student_before={student} student_supports={root}/student_supports"
-                " student_tint={root}/student",
+                " --model teacher=prototypes:{teacher} student_before=prototypes:{student}"
+                " student_supports={root}/student_supports student_tint={root}/student",
     "evaluate_generated": "evaluate.py --generated_dir generated={root}/generated --support_dir {support}"
                           " --data_dir {query} --teacher {teacher} --output_dir {root}/evaluation_generated",
     "export": "export.py --model {root}/student --data_dir {root}/generated --query_dir {query}"
@@ -132,7 +132,7 @@ def commands(args, support, query):
         if not query:
             template = template.replace(" --query_dir {query}", "").replace(" --data_dir {query}", "")
         if not Path(HERE, args.student).is_dir():  # without weights there is nothing to measure before distillation
-            template = template.replace(" student_before={student}", "")
+            template = template.replace(" student_before=prototypes:{student}", "")
         words = [word.format(**values) for word in [*template.split(), "--seed", str(args.seed)]]
         found[stage] = words + shlex.split(vars(args).get(stage.partition("_")[0]) or "")
     return found
