@@ -5,24 +5,23 @@ Below --output_dir, episodes/<index>/ holds support/, <script>-<key>/ (what a sc
 queries an arm answers rightly). A key stands for all settings up to there: what is changed is made anew beside the old.
 """
 
-import hashlib
 import os
 import shlex
 import time
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from common import datasets, models, planning, statistics
-from common.cli import UserError, note
+from common.cli import UserError
 from common.images import as_tensor
+from common.other_images import load_pool, other_images
 from common.processes import stopwatch
 from common.records import check_settings, digest, fingerprint, provenance, read_json, settings_of, write_json
 from common.report import data_uri
@@ -157,13 +156,6 @@ def image_source(method, options, args):
     return []
 
 
-def load_pool(method, args):
-    """The data set that images other than those of the episode's classes are taken from."""
-    if method == "base":
-        return datasets.load_dataset(args.dataset, "base", args.dataset_dir)
-    return datasets.load_web(args.dataset, args.web_dir)
-
-
 @contextmanager
 def quiet():
     """The scripts of an episode keep their bars and messages to themselves; errors are raised."""
@@ -223,91 +215,6 @@ def specialise(arm, folder, seed, supports, dataset, args, device):
     student, seconds["distill"] = run_script("distill", arm, folder, seed, **inputs)
     model = models.load_model(str(student)).to(device)
     return models.with_head(model), models.input_size(model)[0], seconds
-
-
-def other_images(method, folder, seed, supports, dataset, options, args):
-    """The real images, other than supports and queries, that an arm trains on: a data set, and references to it.
-
-    real: those held back from the queries. base: `num_unlabeled` a class of the episode, drawn from all base classes.
-    mined: as many, of the images of --web_dir those whose teacher features have the largest cosine to a support's
-    (the paper's third experiment; without --web_dir, Icons-FS's are those that mini-SD was trained on).
-
-    None is, pixel by pixel, a support or what is or may become a query, wherever it lies.
-    """
-    order = datasets.draw_episode(dataset, args.num_ways, args.num_shots, args.seed, int(folder.name))
-    held = [(name, reference) for name in supports for reference in order[name][-args.num_real :]]
-    held = held if method == "real" else []
-    tested = {pixels(dataset.open(*x)) for x in references_of(order) if x not in held}
-    if method == "real":
-        pool, images = dataset, held
-        chosen = [i for i, x in enumerate(held) if pixels(dataset.open(*x)) not in tested]
-    elif method == "base":
-        pool = load_pool(method, args)
-        images = references_of(pool.classes)
-        drawn = np.random.default_rng(seed).permutation(len(images))
-        apart = (i for i in drawn if pixels(pool.open(*images[i])) not in tested)
-        chosen = list(islice(apart, args.num_unlabeled * args.num_ways))
-    else:
-        pool, model, web, keys = web_features(
-            args.dataset, args.web_dir, options.teacher, options.teacher_image_size, options.teacher_checkpoint
-        )
-        images = references_of(pool.classes)
-        apart = [i for i, key in enumerate(keys) if key not in tested]
-        if len(apart) < len(images):
-            note(f"episode {folder.name}: {len(images) - len(apart)} images to mine from are its own, and left out")
-        support_features, _ = features_of(model, dataset, references_of(supports))
-        near = nearest(web[apart], support_features.unflatten(0, (args.num_ways, -1)), args.num_unlabeled)
-        chosen = [apart[i] for i in near]
-    if not chosen:
-        raise UserError(f"--methods {method}: episode {folder.name} leaves no image to train on but its own.")
-    references = {}
-    for i in chosen:
-        name, reference = images[i]
-        references.setdefault(name, []).append(reference)
-    return pool, references
-
-
-def pixels(image):
-    """What tells a PIL image from others, whatever file it lies in."""
-    return hashlib.sha256(repr((image.mode, image.size)).encode() + image.tobytes()).digest()
-
-
-def references_of(classes):
-    """{class name: references} as a list of (class name, reference)."""
-    return [(name, reference) for name, group in classes.items() for reference in group]
-
-
-@torch.no_grad()
-def features_of(model, dataset, references):
-    """The features [N, D] of images by a teacher that is not specialised, and what `pixels` says of them [N]."""
-    size, device = models.input_size(model)[0], next(model.parameters()).device
-    found, keys = [], []
-    for part in batches(references, 100):
-        images = [dataset.open(*reference) for reference in part]
-        keys += map(pixels, images)
-        found.append(models.features(model, torch.stack([as_tensor(image, size) for image in images]).to(device)))
-    return torch.cat(found), keys
-
-
-@cache
-def web_features(dataset, web_dir, teacher, image_size, checkpoint):
-    """The data set of --web_dir, a teacher, and `features_of` all its images."""
-    web = datasets.load_web(dataset, web_dir)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    model = models.load_model(teacher, True, image_size, checkpoint).to(device)
-    return web, model, *features_of(model, web, references_of(web.classes))
-
-
-def nearest(web, supports, count):
-    """Which images have the largest cosine to a support of a class, `count` a class: sorted indices without repetition.
-
-    Args:
-        web: features [N, D]. supports: features [ways, shots, D], whose mean is the centre of the angles.
-    """
-    center = supports.mean((0, 1))
-    web, supports = F.normalize(web - center, dim=-1), F.normalize(supports - center, dim=-1)
-    similarity = torch.einsum("nd,wsd->nws", web, supports).amax(-1)
-    return similarity.topk(min(count, len(web)), 0).indices.unique().tolist()
 
 
 def draw(index, arms, dataset, args):

@@ -17,7 +17,7 @@ from scipy import stats
 import distill
 import evaluate
 from benchmarks import students
-from common import datasets, episodes, icons_fs, models, planning, statistics
+from common import datasets, episodes, icons_fs, models, other_images, planning, statistics
 from common.cli import UserError
 from common.images import as_tensor
 from common.processes import stopwatch
@@ -139,9 +139,9 @@ def test_real_base_and_mined_images_are_what_they_say(tmp_path):
     )
     assert len(images("base")) == 18 and {image.split("/")[0] for image in images("base")} <= set(base.classes)
 
-    model, everything = models.load_model("assets/teacher"), episodes.references_of(web.classes)
+    model, everything = models.load_model("assets/teacher"), other_images.references_of(web.classes)
     supports = [(name, i) for name in sorted(order) for i in order[name][:2]]
-    f, s = (episodes.features_of(model, *x)[0].numpy() for x in ((web, everything), (val, supports)))
+    f, s = (other_images.features_of(model, *x)[0].numpy() for x in ((web, everything), (val, supports)))
     f, s = ((x - s.mean(0)) / np.linalg.norm(x - s.mean(0), axis=1, keepdims=True) for x in (f, s))
     cosines = (f @ s.T).reshape(-1, 2, 2).max(2)
     found = set(images("mined"))
@@ -191,7 +191,7 @@ def test_supports_queries_and_real_images_never_meet_however_few_there_are():
             refused += 1
             continue
         supports, queries = episodes.draw(0, [real], data, args)
-        _, others = episodes.other_images("real", Path("00000"), 0, supports, data, None, args)
+        _, others = other_images.other_images("real", Path("00000"), 0, supports, data, None, args)
         for name in "ab":
             together = supports[name] + queries[name] + others[name]
             assert len(set(together)) == len(together) <= size
@@ -206,7 +206,7 @@ def test_a_real_image_that_is_the_same_as_a_query_is_not_trained_on():
     )
     args = SimpleNamespace(num_ways=2, num_shots=1, num_real=4, num_queries=None, seed=0)
     supports, queries = episodes.draw(0, [evaluate_arm("real")], data, args)
-    _, others = episodes.other_images("real", Path("00000"), 0, supports, data, None, args)
+    _, others = other_images.other_images("real", Path("00000"), 0, supports, data, None, args)
     tested = {int(i) // 2 for group in (supports, queries) for name in "ab" for i in group[name]}
     assert sum(map(len, others.values())) < 8 and not tested & {int(i) // 2 for group in others.values() for i in group}
 
