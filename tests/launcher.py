@@ -1,6 +1,7 @@
 """Runs a script in a fork of a process that has imported what scripts do: importing takes longer than most tests."""
 
 import os
+import resource
 import runpy
 import sys
 import tempfile
@@ -11,11 +12,14 @@ FORKS = get_context("forkserver")
 FORKS.set_forkserver_preload(["tint_invert", "tint_generate", "distill", "evaluate", "export", "demo"])
 
 
-def become(command, cwd, out, err):
+def become(command, cwd, out, err, environment, largest_file):
     """Makes this process the script: `command` is a file or "-m" and a module, and its options."""
     for stream, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY), stream)
     os.chdir(cwd)
+    os.environ.update(environment)
+    if largest_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     if command[0] == "-m":
         module, *options = command[1:]
         sys.argv = [module, *options]
@@ -26,13 +30,25 @@ def become(command, cwd, out, err):
         runpy.run_path(command[0], run_name="__main__")
 
 
-def run(command, cwd, timeout):
+def start(command, cwd, out, err, environment=(), largest_file=None):
+    """The process of `python *command`, started: what it prints goes to the files `out` and `err`.
+
+    Args:
+        environment: {name: value} beside that of this process. largest_file: in bytes, all that one may hold.
+    """
+    Path(out).touch(), Path(err).touch()
+    process = FORKS.Process(
+        target=become, args=(command, str(cwd), str(out), str(err), dict(environment), largest_file)
+    )
+    process.start()
+    return process
+
+
+def run(command, cwd, timeout, largest_file=None):
     """(exit code, stdout, stderr) of `python *command`; a TimeoutError where it takes longer than `timeout` seconds."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = (Path(folder) / name for name in ("out", "err"))
-        out.touch(), err.touch()
-        process = FORKS.Process(target=become, args=(command, str(cwd), str(out), str(err)))
-        process.start()
+        process = start(command, cwd, out, err, largest_file=largest_file)
         process.join(timeout)
         if process.is_alive():
             process.kill()
