@@ -16,6 +16,8 @@ MAKES = {  # what the scripts read by default, and the command that writes it
     "outputs/demo/student": "python distill.py",
 }
 
+LARGE = 1 << 40  # what numbers on the command line stay below: seeds and sizes are made of them, of 63 bits
+
 
 class UserError(Exception):
     """A mistake that the user can mend. The message names the file or option and says what to do."""
@@ -23,7 +25,8 @@ class UserError(Exception):
 
 def run(main, parse_args):
     """Calls `main(parse_args())`. One message instead of a traceback, and exit code 2, for a `UserError` and for a
-    path that cannot be written to; exit code 1 for a full disk or quota, or a file larger than may be."""
+    path that cannot be written to; exit code 1 for a full disk or quota, a file larger than may be, or too little
+    memory, and 130 for Ctrl-C."""
     args = None
     try:
         args = parse_args()
@@ -37,6 +40,14 @@ def run(main, parse_args):
             raise
         name = error.filename or getattr(args, "output_dir", "the output")
         sys.exit(fail(f"{name}: {error.strerror}. Free some space and start again: what is finished is kept.", 1))
+    except (MemoryError, RuntimeError) as error:
+        torchs = any(text in str(error) for text in ("out of memory", "allocate memory", "enough memory"))
+        if not torchs and not isinstance(error, MemoryError):
+            raise
+        reason = str(error).partition("\n")[0]
+        sys.exit(fail(f"memory does not suffice ({reason}): give smaller batches or images.", 1))
+    except KeyboardInterrupt:
+        sys.exit(fail("interrupted. What is finished is kept.", 130))
 
 
 def fail(message, code):
@@ -84,16 +95,15 @@ def argument_parser(description, output_dir):
 
 def natural_int(text):
     value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is negative")
+    if not 0 <= value < LARGE:
+        raise argparse.ArgumentTypeError(f"{value} is not between 0 and {LARGE}")
     return value
 
 
 def positive_int(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
+    if natural_int(text) == 0:
+        raise argparse.ArgumentTypeError("0 is not at least 1")
+    return int(text)
 
 
 def non_negative(text):

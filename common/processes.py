@@ -7,13 +7,19 @@ import sys
 import threading
 import time
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 
 from common.cli import UserError
 from common.records import read_json, write_json
+
+PATIENCE = timedelta(
+    days=30
+)  # of a process that has done its share: it waits for the others, however long theirs takes
 
 
 def start(args):
@@ -29,6 +35,7 @@ def start(args):
             mixed_precision=args.mixed_precision,
             log_with=args.report_to,
             project_dir=args.output_dir,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
     except ValueError as error:
         raise UserError(f"--mixed_precision or --report_to cannot be had here: {error}") from error
@@ -44,6 +51,14 @@ def start(args):
         plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in vars(args).items()}
         accelerator.init_trackers("tint", config=plain)
     return accelerator
+
+
+def share_out(work, accelerator):
+    """This process's share of a list of work, as the main process sees it: the others may see more done already."""
+    work = list(work)
+    if accelerator.num_processes > 1:
+        work = broadcast_object_list([work])[0]
+    return work[accelerator.process_index :: accelerator.num_processes]
 
 
 def peak_memory(device):
