@@ -217,6 +217,33 @@ def test_full_disk_is_no_users_mistake_but_gets_a_message(capsys):
     assert stop.value.code == 1 and "out/0.png: No space left on device. Free some" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "error, code, message",
+    [
+        (MemoryError(), 1, "memory does not suffice"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"), 1, "(CUDA out of memory. Tried"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_too_little_memory_and_ctrl_c_get_a_message(error, code, message, capsys):
+    def main(args):
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        run(main, lambda: None)
+    assert stop.value.code == code and message in capsys.readouterr().err
+
+
+def test_other_errors_keep_their_traceback():
+    def main(args):
+        torch.zeros(2).view(3)
+
+    with pytest.raises(RuntimeError, match="shape"):
+        run(main, lambda: None)
+    with pytest.raises(SystemExit):  # by PyTorch's own words on a CPU
+        run(lambda args: torch.empty(1 << 50), lambda: None)
+
+
 def test_weights_that_cannot_be_written(run_dir, tmp_path):
     """100 kB a file, where the student has 500."""
     command = [sys.executable, "distill.py", "--support_dir", run_dir / "support", "--supports_only",
