@@ -8,7 +8,7 @@ paper): alpha 0 gives the image back, alpha 1 a free sample of the class.
 """
 
 import json
-import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -20,12 +20,13 @@ from common import diffusion
 from common.cli import UserError, argument_parser, positive_int, run
 from common.images import as_picture, as_tensor, encode_image, load_image, save_grid
 from common.models import PrototypeClassifier, input_size, load_model
-from common.processes import generator, peak_memory, start
+from common.processes import generator, peak_memory, share_out, start
 from common.records import (
     check_settings,
     digest,
     fingerprint,
     read_json_lines,
+    remove_folder,
     settings_of,
     whole_file,
     write_json,
@@ -256,8 +257,10 @@ def recorded_settings(args):
 
 def read_finished(output_dir):
     """{(label, index): row} of the images made so far, of this and earlier runs."""
-    files = [output_dir / "metadata.jsonl", *sorted((output_dir / ROWS).glob("*.jsonl"))]
-    rows = [row for file in files if file.is_file() for row in read_json_lines(file)]
+    rows = []
+    for file in [*sorted((output_dir / ROWS).glob("*.jsonl")), output_dir / "metadata.jsonl"]:
+        with suppress(FileNotFoundError):  # another run that ends in this folder moves what is in the first to the last
+            rows += read_json_lines(file)
     return {
         (row["label"], row["index"]): row
         for row in rows
@@ -339,9 +342,9 @@ def main(args):
     # Chunks are the same in every run, so that an image is always computed in the same company, to the same bits.
     size = args.batch_size if args.format == "folder" else args.shard_size
     finished = read_finished(output_dir)
-    mine = [(k, rows[i : i + size]) for k, i in enumerate(range(0, len(rows), size))]
-    mine = mine[accelerator.process_index :: accelerator.num_processes]
-    mine = [(k, chunk) for k, chunk in mine if any((row["label"], row["index"]) not in finished for row in chunk)]
+    chunks = [rows[i : i + size] for i in range(0, len(rows), size)]
+    left = [k for k, chunk in enumerate(chunks) if any((row["label"], row["index"]) not in finished for row in chunk)]
+    mine = [(k, chunks[k]) for k in share_out(left, accelerator)]
     new = sum(len(chunk) for _, chunk in mine)
     with tqdm(total=new, desc="generating", unit="image", disable=not accelerator.is_local_main_process) as progress:
         for k, chunk in mine:
@@ -361,7 +364,7 @@ def main(args):
         finished = read_finished(output_dir)
         rows = [finished[row["label"], row["index"]] for row in rows]
         write_json_lines(output_dir / "metadata.jsonl", rows)
-        shutil.rmtree(output_dir / ROWS, ignore_errors=True)
+        remove_folder(output_dir / ROWS)
         save_overview(rows, folders, args)
         dropped = sum(row["file_name"] is None for row in rows)
         print(

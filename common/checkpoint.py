@@ -4,10 +4,9 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from common.cli import UserError
-from common.records import compare_settings, save_tensors
+from common.records import blaming, compare_settings, save_tensors
 
 
 def save_checkpoint(path, facts, **stateful):
@@ -26,39 +25,24 @@ def save_checkpoint(path, facts, **stateful):
     save_tensors(path, tensors, {k: json.dumps(v) for k, v in facts.items()})
 
 
-def load_facts(path):
-    """The facts of a checkpoint, {} where there is none.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    if not Path(path).is_file():
-        return {}
-    try:
-        with safe_open(path, "pt") as file:
-            return {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
-    except (SafetensorError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}): delete it and start again.") from error
-
-
 def load_checkpoint(path, settings, **stateful):
     """Restores what `save_checkpoint` saved and returns its facts; does nothing and returns {} where there is none.
 
     Raises:
         UserError: the file is damaged, or its fact "settings", where it has it, is not `settings`.
     """
-    facts = load_facts(path)
-    if not facts:
-        return facts
-    compare_settings(path, facts.get("settings", settings), settings)
-    with safe_open(path, "pt") as file:
+    if not Path(path).is_file():
+        return {}
+    with blaming(path), safe_open(path, "pt") as file:  # opened once: another run may write the next one meanwhile
+        facts = {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
+        compare_settings(path, facts.get("settings", settings), settings)
         tensors = {k: file.get_tensor(k) for k in file.keys()}
-    for name, owner in stateful.items():
-        state = {k.partition("/")[2]: v for k, v in tensors.items() if k.startswith(f"{name}/")}
-        if not isinstance(owner, torch.nn.Module):
-            nested = {}
-            for k, v in state.items():
-                nested.setdefault(int(k.partition(".")[0]), {})[k.partition(".")[2]] = v
-            state = {"state": nested, "param_groups": owner.state_dict()["param_groups"]}
-        owner.load_state_dict(state)
+        for name, owner in stateful.items():
+            state = {k.partition("/")[2]: v for k, v in tensors.items() if k.startswith(f"{name}/")}
+            if not isinstance(owner, torch.nn.Module):
+                nested = {}
+                for k, v in state.items():
+                    nested.setdefault(int(k.partition(".")[0]), {})[k.partition(".")[2]] = v
+                state = {"state": nested, "param_groups": owner.state_dict()["param_groups"]}
+            owner.load_state_dict(state)
     return facts

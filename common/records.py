@@ -114,6 +114,18 @@ def save_tensors(path, tensors, facts=None):
         temporary.write_bytes(save(tensors, facts))  # safetensors' own way to a file lets nobody else read it
 
 
+@contextmanager
+def blaming(path):
+    """Lays what fails inside to a file, in a UserError: a damaged one raises errors of every kind, here or later."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(f"{path} is damaged, or no file of this project ({reason}): move it away.") from error
+
+
 def write_json(path, value):
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n")
