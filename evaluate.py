@@ -35,7 +35,17 @@ import distill
 import tint_generate
 import tint_invert
 from common import datasets, episodes, models, planning, statistics
-from common.cli import UserError, argument_parser, named_paths, note, positive_int, run
+from common.cli import (
+    UserError,
+    argument_parser,
+    named_paths,
+    non_negative,
+    note,
+    positive,
+    positive_int,
+    run,
+    share,
+)
 from common.generated import evaluate_generated
 from common.images import list_images, load_folder, load_image
 from common.processes import start
@@ -274,17 +284,17 @@ def parse_args(argv=None):
     add("--method", help="the method to plan for; default: the pilot's last; in a benchmark: each of --methods")
     add("--compare", nargs=2, metavar="METHOD", help="plan for the paired difference, the first minus the second")
     add("--accuracy", type=float, help="without a pilot: the accuracy, or for a difference the difference, expected")
-    add("--disagreement", type=float, help="for a difference: share of queries that only one of the two gets right")
-    add("--episode_variance", type=float, help="variance s2 of the accuracy, or the difference, over episodes")
-    add("--episode_seconds", type=float, help="cost of an episode without queries; default: the pilot's")
-    add("--query_seconds", type=float, help="cost of a query; default: the pilot's")
+    add("--disagreement", type=share, help="for a difference: share of queries that only one of the two gets right")
+    add("--episode_variance", type=non_negative, help="variance s2 of the accuracy, or the difference, over episodes")
+    add("--episode_seconds", type=non_negative, help="cost of an episode without queries; default: the pilot's")
+    add("--query_seconds", type=non_negative, help="cost of a query; default: the pilot's")
     add(
         "--half_width",
-        type=float,
+        type=positive,
         help="wanted half-width of the 95%% interval, as 0.01 for one point; with "
         "--dataset: --num_episodes are a pilot, after which as many are run as that takes",
     )
-    add("--budget_seconds", type=float, help="time to spend")
+    add("--budget_seconds", type=positive, help="time to spend")
     add("--max_queries", type=positive_int, help="queries that an episode can have, of all its classes together")
     return parser.parse_args(argv)
 

@@ -23,7 +23,7 @@ from common.cli import UserError
 from common.images import as_tensor
 from common.other_images import load_pool, other_images
 from common.processes import stopwatch
-from common.records import check_settings, digest, fingerprint, provenance, read_json, settings_of, write_json
+from common.records import blaming, check_settings, digest, fingerprint, provenance, read_json, settings_of, write_json
 from common.report import data_uri
 from common.shards import open_samples
 from common.teachers import load_teacher
@@ -177,7 +177,8 @@ def run_script(script, arm, folder, seed, **inputs):
             arm.mains[script](type(arm.arguments[script])(**arguments))
         with suppress(FileNotFoundError):  # another launch that shares the folder was as quick
             clock.replace(done)
-    return output_dir, read_json(done)
+    with blaming(done):
+        return output_dir, float(read_json(done))
 
 
 def specialise(arm, folder, seed, supports, dataset, args, device):
@@ -237,7 +238,7 @@ def draw(index, arms, dataset, args):
 
 
 def is_done(record, queries):
-    return bool(record) and all(len(record["correct"][name]) >= len(drawn) for name, drawn in queries.items())
+    return bool(record) and all(len(record["correct"].get(name, [])) >= len(drawn) for name, drawn in queries.items())
 
 
 def run_episode(index, arms, dataset, args, device):
@@ -253,13 +254,13 @@ def run_episode(index, arms, dataset, args, device):
 
     for arm in arms:
         record = read_record(folder, arm)
-        correct = record.get("correct", {name: [] for name in queries})
         if is_done(record, queries):
             continue
         if arm.keys and not (folder / "support").is_dir():
             datasets.write_images(dataset, supports, folder / "support")
         seed = args.seed * 1_000_000 + index  # each episode has noise of its own
         classifier, size, seconds = specialise(arm, folder, seed, supports, dataset, args, device)
+        correct = {name: record.get("correct", {}).get(name, []) for name in queries}
         before, new = time.perf_counter(), 0
         for label, name in enumerate(queries):
             for part in batches(queries[name][len(correct[name]) :], args.batch_size):
@@ -280,8 +281,14 @@ def batches(items, size):
 
 
 def read_record(folder, arm):
+    """{"correct": {class name: [1 or 0 of each query]}, "seconds": {part: seconds}} of an arm, {} where it is new."""
     path = folder / f"result-{arm.key}.json"
-    return read_json(path) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    with blaming(path):
+        record = read_json(path)
+        correct = {name: list(map(int, hits)) for name, hits in record["correct"].items()}
+        return {"correct": correct, "seconds": {part: float(spent) for part, spent in record["seconds"].items()}}
 
 
 def leave_group():

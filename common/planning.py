@@ -11,8 +11,8 @@ from scipy.special import stdtrit
 from scipy.stats import chi2
 
 from common import statistics
-from common.cli import UserError
-from common.records import read_json, write_json
+from common.cli import UserError, positive_int
+from common.records import blaming, read_json, write_json
 from common.report import percent
 from common.statistics import Moments
 
@@ -192,18 +192,20 @@ def read_pilot(args):
     if args.pilot:
         if not Path(args.pilot).is_file():
             raise UserError(f"--pilot {args.pilot}: no such file.")
-        pilot = read_json(args.pilot)
-        if pilot.get("kind") != "benchmark":
-            raise UserError(f"--pilot {args.pilot} is no benchmark over episodes: give results.json of --dataset.")
-        names = args.compare or [args.method or list(pilot["methods"])[-1]]
-        for name in names:
-            if name not in pilot["methods"]:
-                raise UserError(f"{name} is no method of {args.pilot}, which has {', '.join(pilot['methods'])}.")
-            if "answers" not in pilot["methods"][name]:
-                raise UserError(f"{args.pilot} lacks the answers to single queries: run its command again.")
-        m, cost, ways = scores_of(pilot, names), pilot["cost"], pilot["dataset"]["num_ways"]
-        if m.episodes < 2 or min(len(text) for text in pilot["methods"][names[0]]["answers"][0]) < 2:
-            raise UserError(f"--pilot {args.pilot} needs at least two episodes, and two queries a class.")
+        with blaming(args.pilot):
+            pilot = read_json(args.pilot)
+            if pilot.get("kind") != "benchmark":
+                raise UserError(f"--pilot {args.pilot} is no benchmark over episodes: give results.json of --dataset.")
+            names = args.compare or [args.method or list(pilot["methods"])[-1]]
+            for name in names:
+                if name not in pilot["methods"]:
+                    raise UserError(f"{name} is no method of {args.pilot}, which has {', '.join(pilot['methods'])}.")
+                if "answers" not in pilot["methods"][name]:
+                    raise UserError(f"{args.pilot} lacks the answers to single queries: run its command again.")
+            m, ways = scores_of(pilot, names), positive_int(pilot["dataset"]["num_ways"])
+            cost = {what: float(seconds) for what, seconds in pilot["cost"].items()}
+            if m.episodes < 2 or min(len(text) for text in pilot["methods"][names[0]]["answers"][0]) < 2:
+                raise UserError(f"--pilot {args.pilot} needs at least two episodes, and two queries a class.")
         title = f"{' - '.join(names)}, a pilot of {m.episodes} episodes"
     elif args.episode_variance is None or (args.accuracy is None and args.disagreement is None):
         raise UserError(

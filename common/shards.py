@@ -2,7 +2,6 @@
 
 import io
 import json
-import tarfile
 from pathlib import Path
 
 from common.cli import UserError
@@ -89,5 +88,5 @@ def read_shards(shards):
             row = json.loads(sample["json"])
             if row["file_name"]:
                 yield row, io.BytesIO(sample[Path(row["file_name"]).suffix[1:]])
-    except (ValueError, KeyError, EOFError, OSError, tarfile.TarError) as error:
+    except Exception as error:  # tarfile, webdataset and json each raise their own kinds
         raise UserError(f"{shards[0].parent} holds a damaged shard ({error}): delete it and generate again.") from error
