@@ -37,12 +37,13 @@ def launch(*command, code=0, by=PYTHON, cwd=ROOT, timeout=600):
 
 def killed_when(condition, *command, timeout=300):
     """Runs a script and kills it, without a chance to tidy up, as soon as `condition()` holds."""
-    process = subprocess.Popen([*PYTHON, *map(str, command)], cwd=ROOT, stderr=subprocess.DEVNULL)
+    process = launcher.start([*map(str, command)], ROOT, os.devnull, os.devnull)
     end = time.monotonic() + timeout
-    while not condition() and process.poll() is None and time.monotonic() < end:
+    while not condition() and process.is_alive() and time.monotonic() < end:
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
 
 
 INVERT = ("--max_train_steps", 6, "--validation_steps", 3, "--validation_samples", 4, "--num_inference_steps", 4)

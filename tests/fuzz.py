@@ -252,7 +252,7 @@ def try_case(seed, base, folder):
         except TimeoutError:
             wrong = "hangs"
         else:
-            if "Traceback" in err or code not in (0, 2):
+            if "Traceback" in err or code not in (0, 1, 2) or (code == 1 and "error: " not in err):
                 wrong = f"ends with {code}: {err[-1500:]}"
             elif code == 2 and "error: " not in err:
                 wrong = f"says nothing: {err[-500:]}"
@@ -272,6 +272,8 @@ def main(args):
         for seed in range(args.seed, args.seed + args.count):
             wrong, code = try_case(seed, base, folder)
             codes.append(code)
+            if len(codes) % 10 == 0:
+                print(f"{len(codes)} tried", file=sys.stderr, flush=True)
             if wrong:
                 failures.append(wrong)
                 print(wrong, flush=True)
