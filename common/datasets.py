@@ -134,7 +134,7 @@ def load_cifar_fs(folder, split):
             raise UserError(f"{folder / file} is damaged: its size is no multiple of 3074 bytes. Unpack it again.")
         parts.append(bytes_.reshape(-1, 3074))
     records = np.concatenate(parts)
-    names = (folder / "fine_label_names.txt").read_text().split()
+    names = (folder / "fine_label_names.txt").read_text(errors="replace").split()
     wanted = classes_of(split, read_json(SPLITS / "cifar_fs.json"), "CIFAR-FS")
     if records[:, 1].max() >= len(names) or not set(wanted) <= set(names):
         raise UserError(f"{folder / 'fine_label_names.txt'} lacks classes of CIFAR-100: unpack it again.")
