@@ -1,4 +1,4 @@
-"""Runs a script in a fork of a process that has imported what scripts do: importing takes longer than most tests."""
+"""Runs a script in a fork of a process that is warm: importing what scripts do takes longer than most tests."""
 
 import os
 import resource
@@ -9,7 +9,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 FORKS = get_context("forkserver")
-FORKS.set_forkserver_preload(["tint_invert", "tint_generate", "distill", "evaluate", "export", "demo"])
+FORKS.set_forkserver_preload(["tests.warm"])
 
 
 def become(command, cwd, out, err, environment, largest_file):

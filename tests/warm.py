@@ -15,4 +15,4 @@ import tint_invert  # noqa: F401
 from tests import ROOT
 
 StableDiffusionPipeline.from_pretrained(ROOT / "assets" / "mini-sd", safety_checker=None, use_safetensors=True)
-torch.onnx.export(torch.nn.Linear(1, 1), (torch.zeros(2, 1),), io.BytesIO(), dynamo=True, verbose=False)
+torch.onnx.export(torch.nn.Linear(1, 1).eval(), (torch.zeros(2, 1),), io.BytesIO(), dynamo=True, verbose=False)
