@@ -19,12 +19,12 @@ import shutil
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from common.cli import HelpFormatter, UserError, natural_int, run
 from common.images import list_images
 from common.processes import generator
+from common.processes import stopwatch
 from common.records import fingerprint, read_json, whole_folder, write_json
 from common.report import better, points, with_interval
 from common.statistics import trials_to_tell
@@ -144,7 +144,8 @@ def run_stages(stages, record):
     Args:
         stages: {stage: words after `python`}. record: file of what is done.
     """
-    facts, environment = read_json(record), dict(os.environ)
+    facts = read_json(record)
+    environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ  # threads that spin are slow on a busy machine
     before, facts["stages"] = facts["stages"], {}
     if not sys.stderr.isatty():
         environment["TQDM_MININTERVAL"] = "20"  # a log needs no moving bar
@@ -153,12 +154,14 @@ def run_stages(stages, record):
         if before.get(stage, {}).get("command") != command:
             before = {}
             print(f"--- {command}", flush=True)
-            start = time.time()
-            code = subprocess.run([sys.executable, *words], cwd=HERE, env=environment).returncode
+            clock = record.with_name(f".seconds-{stage}.json")  # of all its starts
+            with stopwatch(clock):
+                code = subprocess.run([sys.executable, *words], cwd=HERE, env=environment).returncode
             if code:
                 sys.exit(code)  # the script has said why
-            before[stage] = {"command": command, "seconds": round(time.time() - start, 1)}
+            before[stage] = {"command": command, "seconds": round(read_json(clock), 1)}
             write_json(record, facts | {"stages": facts["stages"] | before})
+            clock.unlink()
         facts["stages"][stage] = before[stage]
     return {stage: done["seconds"] for stage, done in facts["stages"].items()}
 
