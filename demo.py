@@ -23,8 +23,7 @@ from pathlib import Path
 
 from common.cli import HelpFormatter, UserError, natural_int, run
 from common.images import list_images
-from common.processes import generator
-from common.processes import stopwatch
+from common.processes import generator, stopwatch
 from common.records import fingerprint, read_json, whole_folder, write_json
 from common.report import better, points, with_interval
 from common.statistics import trials_to_tell
