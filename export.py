@@ -118,7 +118,7 @@ def convert_int8(fp32_path, path, inputs, batch_size, for_tensorrt=False):
             Calibration(inputs, batch_size),
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=QUANTIZED,
-            nodes_to_exclude=biases(onnx.load(folded).graph),
+            nodes_to_exclude=float_sums(onnx.load(folded).graph),
             per_channel=True,
             reduce_range=not for_tensorrt,
             activation_type=QuantType.QInt8,
@@ -135,11 +135,14 @@ def convert_int8(fp32_path, path, inputs, batch_size, for_tensorrt=False):
         onnx.save(proto, temporary)
 
 
-def biases(graph):
-    """The names of sums with a constant, as a position embedding or a matrix product's bias: they are no layers of
-    their own, but part of the one before."""
+def float_sums(graph):
+    """The names of sums that are not quantized: those with a constant, as a position embedding or a bias, belong to the
+    layer before; and those without a convolution's result, as a transformer's residual stream, have a few channels so
+    much larger than the others that 8 bits would not hold both."""
     constants = {tensor.name for tensor in graph.initializer}
-    return [node.name for node in graph.node if node.op_type == "Add" and constants & set(node.input)]
+    convolved = {name for node in graph.node if node.op_type == "Conv" for name in node.output}
+    sums = [node for node in graph.node if node.op_type == "Add"]
+    return [node.name for node in sums if constants & set(node.input) or not convolved & set(node.input)]
 
 
 def leave_in_float(graph, outputs_of_layers):

@@ -1,0 +1,116 @@
+"""Takes a small timm model of each of many families through a student's whole way: two steps of distill.py, its folder
+opened as a stranger does, with timm alone, and every precision of export.py at batches of 1, 2 and 33. Prints a Markdown
+table: the largest difference of an answer to the stranger's, relative to the standard deviation of these.
+
+    python -m benchmarks.timm_families
+
+A family that cannot be a student is refused by distill.py with one message, before any work. Weights are random.
+"""
+
+import argparse
+import contextlib
+import io
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import timm
+import torch
+
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import distill
+import export
+from common import datasets, models
+from common.cli import HelpFormatter, UserError
+from common.images import load_folder
+from common.runtimes import open_exported
+
+PRECISIONS = {"fp32": 1e-3, "fp16": 0.1, "int8": 1.5, "int8_tensorrt": 1.5}  # and the largest difference expected
+BATCH_SIZES = (1, 2, 33)
+FAMILIES = {  # and the side of their images, None where it cannot be chosen
+    "convmixer_768_32": 64, "convnext_atto": 64, "convnextv2_atto": 64, "crossvit_tiny_240": None,
+    "deit_tiny_distilled_patch16_224": 64, "deit_tiny_patch16_224": 64, "densenet121": 32, "dla46_c": 64,
+    "edgenext_xx_small": 64, "efficientformerv2_s0": 64, "efficientvit_b0": 64, "fastvit_t8": 64, "fbnetc_100": 32,
+    "ghostnet_050": 32, "hardcorenas_a": 32, "lcnet_050": 32, "levit_128s": 64, "mambaout_femto": 64,
+    "mixer_s32_224": None, "mnasnet_small": 32, "mobilenetv2_035": 32, "mobilenetv3_small_050": 32,
+    "mobilenetv4_conv_small_035": 32, "mobileone_s0": 64, "mobilevit_xxs": 64, "pit_ti_224": None,
+    "poolformer_s12": 64, "pvt_v2_b0": 64, "regnetx_002": 32, "repghostnet_050": 32, "repvgg_a0": 32, "repvit_m0_9": 64,
+    "resmlp_12_224": None, "resnet10t": 32, "starnet_s1": 64, "tf_efficientnet_lite0": 32, "tinynet_e": 32,
+    "xcit_nano_12_p16_224": 64,
+}  # fmt: skip
+
+
+def prepare(folder):
+    """Writes an episode of Icons-FS: `support` of 2 images of each of 2 classes, and `query` of the others."""
+    dataset = datasets.load_dataset("icons_fs", "val")
+    episode = datasets.draw_episode(dataset, num_ways=2, num_shots=2, seed=0, index=0)
+    for part, chosen in (("support", slice(2)), ("query", slice(2, 22))):
+        datasets.write_images(dataset, {name: order[chosen] for name, order in episode.items()}, folder / part)
+
+
+@torch.inference_mode()
+def try_family(name, size, folder):
+    """A student of the family, in `folder`, which `prepare` has filled.
+
+    Returns:
+        {"parameters", "input_size", precision: largest difference of all batch sizes}
+    Raises:
+        UserError: it is refused.
+    """
+    chosen = ["--student_image_size", str(size)] if size else []
+    # One process, in which the scripts' own Accelerator stays as the first one made it.
+    with torch.inference_mode(False):
+        distill.main(distill.parse_args([
+            "--support_dir", str(folder / "support"), "--supports_only", "--student", name, *chosen, "--output_dir",
+            str(folder / name), "--max_train_steps", "2", "--train_batch_size", "4",
+        ]))  # fmt: skip
+    stranger = timm.create_model(f"local-dir:{folder / name}", pretrained=True).eval()
+    images = load_folder(folder / "query", models.input_size(stranger)[0])[0][: max(BATCH_SIZES)]
+    expected = stranger(models.normalize(stranger, images))
+    with torch.inference_mode(False):
+        export.main(export.parse_args([
+            "--model", str(folder / name), "--output_dir", str(folder / name / "export"), "--precision", *PRECISIONS,
+            "--support_dir", str(folder / "support"), "--query_dir", str(folder / "query"), "--runtime", "onnxruntime",
+        ]))  # fmt: skip
+    found = {"parameters": sum(p.numel() for p in stranger.parameters()), "input_size": models.input_size(stranger)}
+    for precision in PRECISIONS:
+        file = open_exported(folder / name / "export" / f"student_{precision}.onnx", torch.device("cpu"))
+        largest = max((file(images[:count]) - expected[:count]).abs().max().item() for count in BATCH_SIZES)
+        found[precision] = largest / expected.std().clamp_min(1e-6).item()
+    return found
+
+
+def main(args):
+    print(f"| student | parameters | input | {' | '.join(PRECISIONS)} | s |\n|---|---|---|" + "---|" * 5)
+    kept = 0
+    for name, size in FAMILIES.items():
+        if args.only and name not in args.only:
+            continue
+        before = time.time()
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            prepare(Path(folder))
+            try:
+                found = try_family(name, size, Path(folder))
+                error = ""
+            except UserError as refusal:
+                error = f"refused: {refusal}".replace("\n", " ")
+            except Exception as fault:
+                error = f"FAILS: {type(fault).__name__}: {fault}".replace("\n", " ")
+        seconds = time.time() - before
+        if error:
+            print(f"| {name} | | {size or 'its own'} | {error[:300]} | | | | {seconds:.0f} |", flush=True)
+            continue
+        good = [found[precision] <= largest for precision, largest in PRECISIONS.items()]
+        kept += all(good)
+        cells = [f"{found[precision]:.1e}" + " TOO LARGE" * (not ok) for precision, ok in zip(PRECISIONS, good)]
+        sides = "x".join(map(str, found["input_size"]))
+        print(f"| {name} | {found['parameters']:,} | {sides} | {' | '.join(cells)} | {seconds:.0f} |", flush=True)
+    print(f"\n{kept} work in all that they promise")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--only", nargs="+", help="these families alone")
+    main(parser.parse_args())
