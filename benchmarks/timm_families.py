@@ -1,6 +1,6 @@
 """Takes a small timm model of each of many families through a student's whole way: two steps of distill.py, its folder
-opened as a stranger does, with timm alone, and every precision of export.py at batches of 1, 2 and 33. Prints a Markdown
-table: the largest difference of an answer to the stranger's, relative to the standard deviation of these.
+opened as a stranger does, with timm alone, and every precision of export.py at batches of 1, 2 and 33. Prints a table
+in Markdown: the largest difference of an answer to the stranger's, relative to the standard deviation of these.
 
     python -m benchmarks.timm_families
 
