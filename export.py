@@ -4,18 +4,14 @@ and times it beside its teacher.
 accelerate launch export.py --model outputs/demo/student --benchmark --teacher assets/teacher
 """
 
+import copy
 import json
 import os
-import tempfile
 import warnings
-from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import onnx
 import torch
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-from onnxruntime.quantization.shape_inference import quant_pre_process
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxruntime.transformers.onnx_model import OnnxModel
 from timm.utils import reparameterize_model
@@ -23,184 +19,103 @@ from timm.utils import reparameterize_model
 from common import models
 from common.cli import UserError, argument_parser, positive_int, run
 from common.images import as_tensor, load_folder
+from common.preprocessing import CentralSquare, WithPreprocessing
 from common.processes import start
+from common.quantization import convert_int8
 from common.records import provenance, whole_file, write_json
 from common.report import fidelity_table, latency_table, points, write_report
 from common.runtimes import RUNTIMES
-from common.runtimes.base import Student, WithPreprocessing, as_input, log_probabilities
+from common.runtimes.base import Student, as_input, log_probabilities
 from common.runtimes.latency import latency
 from common.runtimes.pytorch import PyTorch
 from common.shards import open_samples
 from common.statistics import accuracy, paired_difference
 
-QUANTIZED = ["Conv", "Gemm", "MatMul", "Add", "MaxPool", "AveragePool", "GlobalAveragePool"]
 PRECISIONS = ("fp32", "fp16", "int8", "int8_tensorrt")
 TOLERATED_LOSS = 0.005  # of accuracy, that a precision may lose before the report says so first
 
 
-def export_fp32(model, classes, args, path):
-    """Writes the model as ONNX, simplified, with batch normalisation folded into the convolutions.
+def export_graph(module, example, output, dynamic_shapes):
+    """A module as an ONNX model, simplified, with batch normalisation folded into the convolutions.
 
-    "images" to "logits" [batch, classes]: normalised float32 [batch, 3, h, w]; or, with --include_preprocessing, uint8
-    [batch, h, w, 3] to "probabilities". The metadata hold class names, preprocessing, batch size (null is any), source.
+    Args:
+        example: its input, which is to be called "images". output: the name of its output.
+        dynamic_shapes: {dimension of the input: its name}, of those that may be of any length.
     """
-    size = models.input_size(model)
-    count = args.batch_size or 2
-    example = torch.zeros(count, 3, *size)
-    if args.include_preprocessing:
-        example = torch.zeros(count, *size, 3, dtype=torch.uint8)
+    dynamic = {axis: torch.export.Dim(name) for axis, name in dynamic_shapes.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of its own internals
         program = torch.onnx.export(
-            WithPreprocessing(model).eval() if args.include_preprocessing else model,
+            module.eval(),
             (example,),
             dynamo=True,
             input_names=["images"],
-            output_names=["probabilities" if args.include_preprocessing else "logits"],
-            dynamic_shapes=None if args.batch_size else ({0: torch.export.Dim("batch")},),
+            output_names=[output],
+            dynamic_shapes=(dynamic,) if dynamic else None,
             verbose=False,
         )
-    proto = program.model_proto
-    config = model.pretrained_cfg
+    return program.model_proto
+
+
+def export_fp32(model, args):
+    """The student in single precision: "images", normalised float32 [batch, 3, h, w], to "logits" [batch, classes]; or,
+    with --include_preprocessing, uint8 [batch, h, w, 3] to "probabilities"."""
+    count, size = args.batch_size or 2, models.input_size(model)
+    batch = {} if args.batch_size else {0: "batch"}
+    if not args.include_preprocessing:
+        return export_graph(model, torch.zeros(count, 3, *size), "logits", batch)
+    images = torch.zeros(count, *size, 3, dtype=torch.uint8)
+    return export_graph(WithPreprocessing(model), images, "probabilities", batch)
+
+
+def convert_fp16(fp32):
+    """Half-precision weights and arithmetic; input and output stay float32."""
+    model = OnnxModel(convert_float_to_float16(copy.deepcopy(fp32), keep_io_types=True))
+    model.topological_sort()  # the conversion leaves its casts at the end
+    return model.model
+
+
+def of_any_size(graph, size, batch_size):
+    """Lets a graph of uint8 images [batch, h, w, 3] take images of any height and width, which must be equal within a
+    batch: their central squares are resized before it as for PyTorch."""
+    example = torch.zeros(batch_size or 2, size[0] + 3, size[1] + 5, 3, dtype=torch.uint8)
+    shapes = ({} if batch_size else {0: "batch"}) | {1: "height", 2: "width"}
+    square = export_graph(CentralSquare(size), example, "square", shapes)
+    graph = onnx.compose.add_prefix(graph, "student/", rename_outputs=False)
+    merged = onnx.compose.merge_models(square, graph, io_map=[("square", "student/images")])
+    versions = {entry.domain: entry.version for entry in merged.opset_import}  # each is there twice
+    del merged.opset_import[:]
+    merged.opset_import.extend(onnx.helper.make_opsetid(*entry) for entry in versions.items())
+    return merged
+
+
+def metadata(model, classes, args, precision, any_size):
+    """What a program needs to know beside the graph, {name: JSON}.
+
+    "preprocessing" says how a photo becomes an input where the graph does not do it; "includes_preprocessing", whether
+    it takes uint8 images [batch, height, width, 3], of any size where "image_size" is null, and gives probabilities.
+    "batch_size" null is any too.
+    """
+    size, config = models.input_size(model), model.pretrained_cfg
     facts = {
         "classes": classes,
-        "preprocessing": {"input_size": [3, *size], "mean": config["mean"], "std": config["std"]},
-        "includes_preprocessing": args.include_preprocessing,
+        "preprocessing": {
+            "orientation": "upright, as EXIF or XMP say",
+            "background": "white",
+            "color_order": "RGB",
+            "crop": "central square",
+            "interpolation": "bicubic, antialiased",
+            "input_size": [3, *size],
+            "range": [0, 1],
+            "mean": config["mean"],
+            "std": config["std"],
+        },
+        "includes_preprocessing": bool(args.include_preprocessing),
+        "image_size": None if any_size else list(size),
         "batch_size": args.batch_size,
+        "int8_for_tensorrt": precision == "int8_tensorrt",
     }
-    properties = {name: json.dumps(value) for name, value in facts.items()} | {"source": str(args.model)}
-    onnx.helper.set_model_props(proto, properties)
-    onnx.checker.check_model(proto, full_check=True)
-    with whole_file(path) as temporary:
-        onnx.save(proto, temporary)
-
-
-def convert_fp16(fp32_path, path):
-    """Half-precision weights and arithmetic; input and output stay float32."""
-    model = OnnxModel(convert_float_to_float16(onnx.load(fp32_path), keep_io_types=True))
-    model.topological_sort()  # the conversion leaves its casts at the end
-    proto = model.model
-    onnx.checker.check_model(proto)
-    with whole_file(path) as temporary:
-        onnx.save(proto, temporary)
-
-
-class Calibration(CalibrationDataReader):
-    """Feeds inputs, a numpy array, to ONNX Runtime's calibration, in whole batches: the last is filled up with the
-    first inputs."""
-
-    def __init__(self, inputs, batch_size):
-        count = -(-len(inputs) // batch_size)
-        self.batches = iter(np.resize(inputs, (count, batch_size, *inputs.shape[1:])))
-
-    def get_next(self):
-        batch = next(self.batches, None)
-        return None if batch is None else {"images": batch}
-
-
-def convert_int8(fp32_path, path, inputs, batch_size, for_tensorrt=False):
-    """Explicit Q/DQ nodes around convolutions, matrix products, sums and poolings: symmetric, weights per channel and
-    biases in floating point. Ranges come from the inputs, and the answers stay in floating point: an answer that is
-    surer than those on the inputs must not be cut off.
-
-    ONNX Runtime computes in int8 where inputs and outputs are quantized, and many CPUs' sums of products overflow
-    unless weights have 7 bits. TensorRT fuses a layer with what follows it if only its inputs are quantized, and takes
-    8 bits. Each is slow or wrong with the other's file.
-    """
-    properties = {p.key: p.value for p in onnx.load(fp32_path).metadata_props}
-    properties["int8_for_tensorrt"] = json.dumps(for_tensorrt)
-    with tempfile.TemporaryDirectory() as folder:
-        folded, quantized = Path(folder) / "folded.onnx", Path(folder) / "int8.onnx"
-        quant_pre_process(fp32_path, folded, skip_symbolic_shape=True)  # folds batch normalisation
-        quantize_static(
-            folded,
-            quantized,
-            Calibration(inputs, batch_size),
-            quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=QUANTIZED,
-            nodes_to_exclude=float_sums(onnx.load(folded).graph),
-            per_channel=True,
-            reduce_range=not for_tensorrt,
-            activation_type=QuantType.QInt8,
-            weight_type=QuantType.QInt8,
-            extra_options={"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False},
-        )
-        proto = onnx.load(quantized)
-    leave_in_float(proto.graph, outputs_of_layers=for_tensorrt)
-    if for_tensorrt:
-        join_sums(proto.graph)
-    onnx.helper.set_model_props(proto, properties)
-    onnx.checker.check_model(proto)
-    with whole_file(path) as temporary:
-        onnx.save(proto, temporary)
-
-
-def float_sums(graph):
-    """The names of sums that are not quantized: those with a constant, as a position embedding or a bias, belong to the
-    layer before; and those without a convolution's result, as a transformer's residual stream, have a few channels so
-    much larger than the others that 8 bits would not hold both."""
-    constants = {tensor.name for tensor in graph.initializer}
-    convolved = {name for node in graph.node if node.op_type == "Conv" for name in node.output}
-    sums = [node for node in graph.node if node.op_type == "Add"]
-    return [node.name for node in sums if constants & set(node.input) or not convolved & set(node.input)]
-
-
-def leave_in_float(graph, outputs_of_layers):
-    """Takes Q/DQ pairs away before the network's end: before whatever leads to no quantized layer any more. With
-    `outputs_of_layers`, before all that is not quantized itself."""
-    ends = {value.name for value in graph.output}
-    readers, at_end = {}, {}
-    for node in reversed(graph.node):
-        after = [reader for name in node.output for reader in readers.get(name, [])]
-        at_end[node.output[0]] = node.op_type not in QUANTIZED and all(at_end[r.output[0]] for r in after)
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    made_by = {name: node for node in graph.node for name in node.output}
-    for pair in [node for node in graph.node if node.op_type == "DequantizeLinear"]:
-        quantize, name = made_by.get(pair.input[0]), pair.output[0]
-        if quantize is None:
-            continue  # of a weight
-        source = quantize.input[0]
-        for node in readers.get(name, []):
-            if at_end[node.output[0]] or (outputs_of_layers and node.op_type not in QUANTIZED):
-                node.input[:] = [source if given == name else given for given in node.input]
-        if name in ends:
-            for node in graph.node:
-                node.input[:] = [name if given == source else given for given in node.input]
-                node.output[:] = [name if made == source else made for made in node.output]
-            graph.node.remove(pair)
-    remove_unused(graph)
-
-
-def remove_unused(graph):
-    """Takes away nodes and constants whose results nobody reads."""
-    used = {value.name for value in graph.output}
-    for node in reversed(list(graph.node)):
-        if used.isdisjoint(node.output):
-            graph.node.remove(node)
-        else:
-            used.update(node.input)
-    for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
-        graph.initializer.remove(tensor)
-
-
-def join_sums(graph):
-    """Takes the Q/DQ pair away between a residual sum and a convolution that only it uses: TensorRT computes the two as
-    one layer then. The pair of the other summand stays, and with it the result is int8."""
-    made_by = {name: node for node in graph.node for name in node.output}
-    uses = Counter(name for node in graph.node for name in node.input)
-    for total in [node for node in graph.node if node.op_type == "Add"]:
-        for side, name in enumerate(total.input):
-            pair = made_by.get(name)
-            if pair is None or pair.op_type != "DequantizeLinear":
-                continue
-            quantize = made_by[pair.input[0]]
-            source = made_by.get(quantize.input[0])
-            names = (quantize.input[0], pair.input[0], name)
-            if source is not None and source.op_type == "Conv" and all(uses[name] == 1 for name in names):
-                total.input[side] = quantize.input[0]
-                break
-    remove_unused(graph)
+    return {name: json.dumps(value) for name, value in facts.items()} | {"source": str(args.model)}
 
 
 def compare(reference, other, labels=None):
@@ -279,22 +194,30 @@ def read_images(args, model, classes):
 
 
 def write_onnx(model, classes, args, examples):
-    """Writes the ONNX files of --precision, and of fp32, from which the others are made.
+    """Writes the ONNX files of --precision, and of fp32, which the others are made from.
 
     Args:
         examples: images [N, 3, h, w] in [0, 1] that int8's ranges come from.
     Returns:
         {precision: file}, the last of --precision last.
     """
-    precisions = dict.fromkeys(["fp32"] * ("fp32" not in args.precision) + args.precision)
-    files = {precision: Path(args.output_dir) / f"student_{precision}.onnx" for precision in precisions}
-    export_fp32(model, classes, args, files["fp32"])
-    if "fp16" in files:
-        convert_fp16(files["fp32"], files["fp16"])
-    for precision in {"int8", "int8_tensorrt"} & set(files):
-        inputs = as_input(model, examples, args.include_preprocessing).numpy()
-        batch_size = args.batch_size or min(32, len(inputs))
-        convert_int8(files["fp32"], files[precision], inputs, batch_size, precision == "int8_tensorrt")
+    fp32, files = export_fp32(model, args), {}
+    inputs = as_input(model, examples, args.include_preprocessing).numpy()
+    for precision in dict.fromkeys(["fp32"] * ("fp32" not in args.precision) + args.precision):
+        graph = fp32
+        if precision == "fp16":
+            graph = convert_fp16(fp32)
+        elif precision != "fp32":
+            batch_size = args.batch_size or min(32, len(inputs))
+            graph = convert_int8(fp32, inputs, batch_size, precision == "int8_tensorrt")
+        any_size = args.include_preprocessing == "any_size" and precision != "int8_tensorrt"
+        if any_size:
+            graph = of_any_size(graph, models.input_size(model), args.batch_size)
+        onnx.helper.set_model_props(graph, metadata(model, classes, args, precision, any_size))
+        onnx.checker.check_model(graph, full_check=True)
+        files[precision] = Path(args.output_dir) / f"student_{precision}.onnx"
+        with whole_file(files[precision]) as temporary:
+            onnx.save(graph, temporary)
     return files
 
 
@@ -334,6 +257,12 @@ def refuse(args):
         raise UserError(
             "--precision int8 needs images to calibrate on: the generated ones as --data_dir, photos as --support_dir."
         )
+    if (
+        "tensorrt" in args.runtime
+        and args.include_preprocessing == "any_size"
+        and args.precision[-1] != "int8_tensorrt"
+    ):
+        raise UserError("An engine takes images of one size: give --include_preprocessing model_size.")
     for name in args.runtime:
         RUNTIMES[name].require()
 
@@ -432,8 +361,11 @@ def parse_args(argv=None):
     add("--query_dir", help="labelled images to check answers on; default: those calibrated with, or random numbers")
     add(
         "--include_preprocessing",
-        action="store_true",
-        help="in the graph: uint8 images [batch, height, width, 3] in, probabilities out",
+        nargs="?",
+        choices=["any_size", "model_size"],
+        const="any_size",
+        help="in the graph: uint8 images [batch, height, width, 3] in, probabilities out. Images are of any size and "
+        "resized there, which int8_tensorrt leaves out; or all of the model's input size",
     )
     add("--num_samples", type=positive_int, default=512, help="at most so many of --data_dir, evenly spaced")
     add("--benchmark", action="store_true", help="time the models")

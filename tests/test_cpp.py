@@ -16,9 +16,9 @@ from PIL import Image
 from common import models
 from common.cli import UserError
 from common.images import load_image
+from common.preprocessing import WithPreprocessing
 from common.runtimes import open_exported
 from common.runtimes.aotinductor import AotInductor, build_package
-from common.runtimes.base import WithPreprocessing
 from tests.conftest import ROOT
 from tests.pictures import save_pictures
 

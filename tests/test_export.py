@@ -14,9 +14,10 @@ from PIL import Image
 import export
 from common import models
 from common.cli import UserError
-from common.images import load_folder
+from common.images import as_tensor, load_folder
 from common.runtimes import latency
 from common.runtimes.onnxruntime import OnnxRuntime
+from common.runtimes.openvino import OpenVino
 from tests.conftest import launch
 
 
@@ -41,7 +42,11 @@ def test_export_answers_as_pytorch_does(run_dir):
         np.testing.assert_allclose(logits, student(x).detach().numpy(), atol=1e-4)
     metadata = session.get_modelmeta().custom_metadata_map
     assert json.loads(metadata["classes"]) == classes_of(run_dir)
-    assert json.loads(metadata["preprocessing"])["input_size"] == [3, 32, 32]
+    assert json.loads(metadata["preprocessing"]) == {
+        "orientation": "upright, as EXIF or XMP say", "background": "white", "color_order": "RGB",
+        "crop": "central square", "interpolation": "bicubic, antialiased", "input_size": [3, 32, 32], "range": [0, 1],
+        "mean": [0.5] * 3, "std": [0.5] * 3,
+    }  # fmt: skip
     assert {(row["model"], row["runtime"], row["precision"]) for row in facts["latency"]} == {
         ("student", "torch", "fp32"), ("teacher", "torch", "fp32"),
         *(("student", "onnxruntime", precision) for precision in ("fp32", "fp16", "int8")),
@@ -52,8 +57,8 @@ def test_export_answers_as_pytorch_does(run_dir):
 def test_a_graph_with_preprocessing_takes_what_a_camera_gives(run_dir, tmp_path):
     """uint8 images to probabilities, against preprocessing in numpy; and evaluate.py measures it as the student."""
     launch("export.py", "--model", run_dir / "student", "--output_dir", tmp_path, "--include_preprocessing",
-           "--precision", "fp32", "fp16", "int8", "--data_dir", run_dir / "generated", "--query_dir",
-           run_dir / "support")  # fmt: skip
+           "--precision", "fp32", "fp16", "int8", "int8_tensorrt", "--data_dir", run_dir / "generated", "--query_dir",
+           run_dir / "support", "--runtime", "onnxruntime", "openvino")  # fmt: skip
     pixels = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
     student = models.load_model(str(run_dir / "student"))
     x = (pixels.transpose(0, 3, 1, 2) / 255 - 0.5) / 0.5
@@ -63,9 +68,26 @@ def test_a_graph_with_preprocessing_takes_what_a_camera_gives(run_dir, tmp_path)
         probabilities = session.run(["probabilities"], {"images": pixels})[0]
         assert probabilities.dtype == np.float32
         np.testing.assert_allclose(probabilities, expected, atol=tolerance)
+    session = onnxruntime.InferenceSession(tmp_path / "student_fp32.onnx")
+    runtime = OpenVino(tmp_path / "student_fp32.onnx", torch.device("cpu"))
+    blobs = Image.fromarray(np.random.default_rng(1).integers(0, 256, (5, 5, 3), dtype=np.uint8))
+    for size in ((400, 300), (300, 400), (401, 77), (20, 15), (1, 40), (1, 1)):  # the middle, as from a file
+        photo = blobs.resize(size, Image.Resampling.BICUBIC)
+        with torch.inference_mode():
+            expected = models.with_head(student)(as_tensor(photo, 32)[None]).softmax(-1)
+        pixels = np.array(photo)[None].repeat(2, 0)
+        answers = session.run(["probabilities"], {"images": pixels})[0], runtime.run(torch.from_numpy(pixels)).numpy()
+        for found in answers:
+            np.testing.assert_allclose(found, expected.expand(2, -1), atol=1e-4)
+    assert json.loads(session.get_modelmeta().custom_metadata_map["image_size"]) is None
+    model = onnx.load(tmp_path / "student_int8_tensorrt.onnx")  # TensorRT does not resize: this one says its size
+    assert [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim][1:] == [32, 32, 3]
+    assert json.loads({p.key: p.value for p in model.metadata_props}["image_size"]) == [32, 32]
     facts = json.loads((tmp_path / "benchmark.json").read_text())["fidelity"]
     images, labels, *_ = load_folder(run_dir / "support", 32)
     for name, found in facts.items():
+        if not name.startswith("onnxruntime"):
+            continue
         answers = OnnxRuntime(tmp_path / f"student_{name.split()[1]}.onnx", torch.device("cpu"))(images)
         assert found["accuracy"]["mean"] == pytest.approx((answers.argmax(-1) == labels).double().mean().item())
     launch("evaluate.py", "--model", f"student={run_dir / 'student'}", f"camera={tmp_path / 'student_fp32.onnx'}",

@@ -226,7 +226,7 @@ def exported(tmp_path_factory):
     folder, found = tmp_path_factory.mktemp("tensorrt"), {}
     for name in STUDENTS:
         for preprocessing in (False, True):
-            written = write_files(name, folder, ["--include_preprocessing"] * preprocessing)
+            written = write_files(name, folder, ["--include_preprocessing", "model_size"] if preprocessing else [])
             found |= {(name, preprocessing, precision): model for precision, model in written.items()}
     return found
 

@@ -11,8 +11,9 @@ import torch
 
 from common.cli import UserError
 from common.models import input_size
+from common.preprocessing import WithPreprocessing
 from common.records import whole_file
-from common.runtimes.base import Runtime, WithPreprocessing
+from common.runtimes.base import Runtime
 
 
 def build_package(module, classes, batch_size, device, path, max_batch_size=256):

@@ -10,22 +10,6 @@ from torch import nn
 from common.models import normalize, resize
 
 
-class WithPreprocessing(nn.Module):
-    """What a camera needs: images uint8 [B, H, W, 3], of the model's input size, to probabilities [B, num_classes]."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-        for key in ("mean", "std"):
-            self.register_buffer(key, 255 * torch.tensor(model.pretrained_cfg[key])[:, None, None])
-
-    def forward(self, images):
-        # TensorRT's one layer for uint8 is the conversion; and unless memory follows the order of the axes, the pooling
-        # of some models becomes a gather.
-        x = images.float().permute(0, 3, 1, 2).contiguous()
-        return self.model((x - self.mean) / self.std).softmax(-1)
-
-
 def as_input(model, images, includes_preprocessing):
     """Images [B, 3, H, W] in [0, 1] to what an exported graph takes: normalised float32 [B, 3, h, w], or uint8
     [B, h, w, 3] where the graph includes the preprocessing."""
