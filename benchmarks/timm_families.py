@@ -31,8 +31,8 @@ PRECISIONS = {"fp32": 1e-3, "fp16": 0.1, "int8": 1.5, "int8_tensorrt": 1.5}  # a
 BATCH_SIZES = (1, 2, 33)
 FAMILIES = {  # and the side of their images, None where it cannot be chosen
     "convnext_atto": 64, "convnextv2_atto": 64, "deit_tiny_distilled_patch16_224": 64, "deit_tiny_patch16_224": 64,
-    "dla46_c": 64, "edgenext_xx_small": 64, "efficientformerv2_s0": 64, "efficientvit_b0": 64, "fastvit_t8": 64, "fbnetc_100": 32,
-    "ghostnet_050": 32, "hardcorenas_a": 32, "lcnet_050": 32, "levit_128s": 64, "mambaout_femto": 64,
+    "dla46_c": 64, "edgenext_xx_small": 64, "efficientformerv2_s0": 64, "efficientvit_b0": 64, "fastvit_t8": 64,
+    "fbnetc_100": 32, "ghostnet_050": 32, "hardcorenas_a": 32, "lcnet_050": 32, "levit_128s": 64, "mambaout_femto": 64,
     "mixer_s32_224": None, "mnasnet_small": 32, "mobilenetv2_035": 32, "mobilenetv3_small_050": 32,
     "mobilenetv4_conv_small_035": 32, "mobileone_s0": 64, "mobilevit_xxs": 64, "pit_ti_224": None,
     "poolformer_s12": 64, "pvt_v2_b0": 64, "regnetx_002": 32, "repghostnet_050": 32, "repvgg_a0": 32, "repvit_m0_9": 64,
