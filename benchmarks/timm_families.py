@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import io
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -18,12 +19,13 @@ from pathlib import Path
 import timm
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # so that it runs as a file, too
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 import distill
 import export
 from common import datasets, models
-from common.cli import HelpFormatter, UserError
+from common.cli import HelpFormatter, UserError, run
 from common.images import load_folder
 from common.runtimes import open_exported
 
@@ -49,7 +51,6 @@ def prepare(folder):
         datasets.write_images(dataset, {name: order[chosen] for name, order in episode.items()}, folder / part)
 
 
-@torch.inference_mode()
 def try_family(name, size, folder):
     """A student of the family, in `folder`, which `prepare` has filled.
 
@@ -59,20 +60,18 @@ def try_family(name, size, folder):
         UserError: it is refused.
     """
     chosen = ["--student_image_size", str(size)] if size else []
-    # One process, in which the scripts' own Accelerator stays as the first one made it.
-    with torch.inference_mode(False):
-        distill.main(distill.parse_args([
-            "--support_dir", str(folder / "support"), "--supports_only", "--student", name, *chosen, "--output_dir",
-            str(folder / name), "--max_train_steps", "2", "--train_batch_size", "4",
-        ]))  # fmt: skip
+    distill.main(distill.parse_args([
+        "--support_dir", str(folder / "support"), "--supports_only", "--student", name, *chosen, "--output_dir",
+        str(folder / name), "--max_train_steps", "2", "--train_batch_size", "4",
+    ]))  # fmt: skip
     stranger = timm.create_model(f"local-dir:{folder / name}", pretrained=True).eval()
     images = load_folder(folder / "query", models.input_size(stranger)[0])[0][: max(BATCH_SIZES)]
-    expected = stranger(models.normalize(stranger, images))
-    with torch.inference_mode(False):
-        export.main(export.parse_args([
-            "--model", str(folder / name), "--output_dir", str(folder / name / "export"), "--precision", *PRECISIONS,
-            "--support_dir", str(folder / "support"), "--query_dir", str(folder / "query"), "--runtime", "onnxruntime",
-        ]))  # fmt: skip
+    with torch.inference_mode():
+        expected = stranger(models.normalize(stranger, images))
+    export.main(export.parse_args([
+        "--model", str(folder / name), "--output_dir", str(folder / name / "export"), "--precision", *PRECISIONS,
+        "--support_dir", str(folder / "support"), "--query_dir", str(folder / "query"), "--runtime", "onnxruntime",
+    ]))  # fmt: skip
     found = {"parameters": sum(p.numel() for p in stranger.parameters()), "input_size": models.input_size(stranger)}
     for precision in PRECISIONS:
         file = open_exported(folder / name / "export" / f"student_{precision}.onnx", torch.device("cpu"))
@@ -109,7 +108,11 @@ def main(args):
     print(f"\n{kept} work in all that they promise")
 
 
-if __name__ == "__main__":
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--only", nargs="+", help="these families alone")
-    main(parser.parse_args())
+    parser.add_argument("--only", nargs="+", choices=list(FAMILIES), metavar="STUDENT", help="these families alone")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run(main, parse_args)
