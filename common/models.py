@@ -137,6 +137,8 @@ def saved_and_loaded(model, classes):
         with TemporaryDirectory() as folder:
             write_model(model, folder, classes)
             return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    except OSError:  # a full disk, which is not the student's fault
+        raise
     except Exception as error:  # of timm's builders and filters, any kind
         raise UserError(
             f"{model.pretrained_cfg['architecture']} at {input_size(model)[0]} pixels cannot be saved so that timm can "

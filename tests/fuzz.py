@@ -205,6 +205,8 @@ def make_case(seed, base, sandbox):
     if kind == "option":
         name = rng.choice(list(COMMANDS))
     command = shlex.split(COMMANDS[name].replace("{}", str(sandbox)))
+    if command[0] != "-m":
+        command[0] = str(ROOT / command[0])
     if kind == "file":
         files = [p for pattern in READS[name] for p in sorted(sandbox.glob(pattern)) if p.is_file()]
         path = rng.choice(files)
