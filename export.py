@@ -287,7 +287,7 @@ def main(args):
         ) from error
     output_dir.mkdir(parents=True, exist_ok=True)
     images, queries, labels = read_images(args, model, classes)
-    student = Student(model, classes, write_onnx(model, classes, args, images), output_dir, device, args)
+    student = Student(model, classes, write_onnx(model, classes, args, images), images, output_dir, device, args)
     unbuilt = {name: error for name in args.runtime if (error := build(RUNTIMES[name], student))}
 
     reference = PyTorch(model, cpu)(queries)
@@ -354,8 +354,8 @@ def parse_args(argv=None):
         nargs="+",
         choices=list(RUNTIMES),
         default=["torch", "onnxruntime"],
-        help="what the student is compared and timed in; aotinductor also makes student.pt2, for the C++ program, and "
-        "tensorrt student.engine, from the last of --precision",
+        help="what the student is compared and timed in; aotinductor also makes student.pt2, for the C++ program, "
+        "tensorrt student.engine, from the last of --precision, and executorch student_fp32.pte and student_int8.pte",
     )
     add("--data_dir", help="generated images, which int8 is calibrated with")
     add("--query_dir", help="labelled images to check answers on; default: those calibrated with, or random numbers")

@@ -62,7 +62,7 @@ def try_family(name, size, folder):
     chosen = ["--student_image_size", str(size)] if size else []
     distill.main(distill.parse_args([
         "--support_dir", str(folder / "support"), "--supports_only", "--student", name, *chosen, "--output_dir",
-        str(folder / name), "--max_train_steps", "2", "--train_batch_size", "4",
+        str(folder / name), "--max_train_steps", "2", "--train_batch_size", "4", "--learning_rate", "1e-5",
     ]))  # fmt: skip
     stranger = timm.create_model(f"local-dir:{folder / name}", pretrained=True).eval()
     images = load_folder(folder / "query", models.input_size(stranger)[0])[0][: max(BATCH_SIZES)]

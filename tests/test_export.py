@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import sys
 import time
 
 import numpy as np
@@ -15,7 +16,7 @@ import export
 from common import models
 from common.cli import UserError
 from common.images import as_tensor, load_folder
-from common.runtimes import latency
+from common.runtimes import latency, open_exported
 from common.runtimes.onnxruntime import OnnxRuntime
 from common.runtimes.openvino import OpenVino
 from tests.conftest import launch
@@ -193,6 +194,30 @@ def test_every_runtime_is_compared_and_timed(run_dir, tmp_path):
         assert f">{name}</text>" in page
     table = (tmp_path / "benchmark.md").read_text()
     assert table.startswith(facts["verdict"]) and table.count("| student | torch_compile") == 4
+
+
+def test_programs_for_phones_answer_as_pytorch_does(run_dir, tmp_path, monkeypatch):
+    """One image at a time, in fp32 and in int8 with answers in floating point; and what is said where one is amiss."""
+    launch("export.py", "--model", run_dir / "student", "--output_dir", tmp_path, "--precision", "int8",
+           "--runtime", "executorch", "--support_dir", run_dir / "support", "--query_dir",
+           run_dir / "query")  # fmt: skip
+    facts = json.loads((tmp_path / "benchmark.json").read_text())["fidelity"]
+    assert facts["executorch fp32"]["max_abs_diff"] < 1e-4 and facts["executorch int8"]["top1_agreement"] > 0.8
+    images, *_ = load_folder(run_dir / "query", 32, classes_of(run_dir))
+    program = open_exported(tmp_path / "student_int8.pte", torch.device("cpu"))
+    assert program.classes == classes_of(run_dir) and program.max_batch_size == 1
+    answers = program(images)
+    assert len(answers[:, 0].unique()) > len(images) / 2  # int8 answers of one scale would often be equal
+    (tmp_path / "student_fp32.pte").write_bytes(b"no program")
+    with pytest.raises(UserError, match="is no program for this ExecuTorch"):
+        open_exported(tmp_path / "student_fp32.pte", torch.device("cpu"))
+    (tmp_path / "student_int8.pte.json").unlink()
+    with pytest.raises(UserError, match="json is missing"):
+        open_exported(tmp_path / "student_int8.pte", torch.device("cpu"))
+    monkeypatch.setitem(sys.modules, "executorch.runtime", None)
+    args = export.parse_args(["--model", str(run_dir / "student"), "--runtime", "executorch"])
+    with pytest.raises(UserError, match="pip install executorch"):
+        export.main(args)
 
 
 def test_the_counted_operations_of_conv4():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from common.cli import UserError
 from common.runtimes.aotinductor import AotInductor
+from common.runtimes.executorch import ExecuTorch
 from common.runtimes.onnxruntime import OnnxRuntime
 from common.runtimes.openvino import OpenVino
 from common.runtimes.pytorch import Compiled, PyTorch
@@ -20,6 +21,7 @@ RUNTIMES = {
     "openvino": OpenVino,
     "aotinductor": AotInductor,
     "tensorrt": TensorRT,
+    "executorch": ExecuTorch,
 }
 OPENED_BY = {runtime.suffix: runtime for runtime in RUNTIMES.values() if runtime.suffix}  # files that export.py writes
 

@@ -30,6 +30,7 @@ class Student:
     Attributes:
         model: the timm model, in eval mode, on the CPU. classes: its class names.
         onnx: {precision: ONNX file}, in the order in which they were asked for.
+        examples: images [N, 3, h, w] in [0, 1] that int8's ranges come from.
         folder: where a runtime puts files of its own, and finds them. device: the best torch device here.
         options: those of export.py that a build may ask for (`batch_size`, `max_batch_size`, ...).
     """
@@ -37,6 +38,7 @@ class Student:
     model: nn.Module
     classes: list
     onnx: dict
+    examples: torch.Tensor
     folder: Path
     device: torch.device
     options: object

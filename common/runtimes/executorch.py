@@ -1,0 +1,106 @@
+"""A student as an ExecuTorch program for phones and boards: one image at a time, on XNNPACK's kernels.
+
+The file's facts, as those in the metadata of an ONNX file, stand beside it in `<file>.json`.
+"""
+
+import copy
+import json
+import logging
+from pathlib import Path
+
+import torch
+
+from common.cli import UserError
+from common.models import input_size
+from common.preprocessing import WithPreprocessing
+from common.records import read_json, whole_file, write_json
+from common.runtimes.base import Runtime, as_input
+from common.runtimes.onnxruntime import metadata_of
+
+
+def quantize(module, inputs, floating):
+    """The int8 edition of a module by torchao's PT2E flow: weights per channel, ranges from the inputs.
+
+    Args:
+        inputs: tensor [N, ...], shown one by one. floating: set of the names of submodules that stay in floating point.
+    """
+    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+        XNNPACKQuantizer,
+        get_symmetric_quantization_config,
+    )
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    def is_quantized(node):
+        return floating.isdisjoint(name for name, _ in node.meta.get("nn_module_stack", {}).values())
+
+    quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
+    quantizer.set_filter_function(is_quantized)
+    observed = prepare_pt2e(torch.export.export(module, (inputs[:1],)).module(), quantizer)
+    for one in inputs.split(1):
+        observed(one)
+    return convert_pt2e(observed)
+
+
+def build_program(module, example, path):
+    """Writes `path`, whole or not at all: the module for inputs of the example's shape."""
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+
+    exported = torch.export.export(module, (example,))
+    program = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()]).to_executorch()
+    with whole_file(path) as temporary:
+        temporary.write_bytes(program.buffer)
+
+
+class ExecuTorch(Runtime):
+    """A program, on the CPU.
+
+    Raises:
+        UserError: ExecuTorch is not installed, the file is no program, or it lacks its facts.
+    """
+
+    suffix = ".pte"
+
+    @classmethod
+    def require(cls):
+        try:
+            import executorch.runtime  # noqa: F401
+        except ImportError as error:
+            raise UserError(f"ExecuTorch cannot be imported ({error}): pip install executorch.") from error
+
+    @classmethod
+    @torch.no_grad()
+    def build(cls, student):
+        logging.getLogger("executorch").setLevel(logging.ERROR)  # of kernels that other programs would want
+        model, preprocessing = copy.deepcopy(student.model), bool(student.options.include_preprocessing)
+        heads, prefix = model.pretrained_cfg.get("classifier") or (), "model." if preprocessing else ""
+        heads = {prefix + name for name in ([heads] if isinstance(heads, str) else heads)}
+        inputs = as_input(model, student.examples, preprocessing)
+        module = WithPreprocessing(model).eval() if preprocessing else model
+        facts = metadata_of(student.onnx["fp32"]) | {"batch_size": "1", "image_size": json.dumps(input_size(model))}
+        for precision, path in cls.sources(student, torch.device("cpu")).items():
+            # An answer that is surer than those on the examples must not be cut off.
+            build_program(quantize(module, inputs, heads) if precision == "int8" else module, inputs[:1], path)
+            write_json(f"{path}.json", facts)
+
+    @classmethod
+    def sources(cls, student, device):
+        precisions = [name for name in ("fp32", "int8") if name in student.onnx] if device.type == "cpu" else []
+        return {name: student.folder / f"student_{name}.pte" for name in precisions}
+
+    def __init__(self, path, device, num_threads=None):
+        self.require()
+        from executorch.runtime import Runtime as Programs
+
+        facts = Path(f"{path}.json")
+        if not facts.is_file():
+            raise UserError(f"{facts} is missing: export.py writes it beside the program.")
+        self.describe(read_json(facts))
+        try:
+            self.program = Programs.get().load_program(Path(path))  # it has to outlive the method
+            self.method = self.program.load_method("forward")
+        except RuntimeError as error:
+            raise UserError(f"{path} is no program for this ExecuTorch ({error}): export it again.") from error
+
+    def run(self, inputs):
+        return self.method.execute([inputs])[0]
