@@ -168,7 +168,7 @@ def open_inversion(record, name):
         facts["null_text"] = safe_open(file, "pt")
         return facts
     except Exception as error:  # json and safetensors raise their own kinds
-        raise UserError(f"{record.parent} is no inversion ({error}): delete it and invert again.") from error
+        raise UserError(f"{record.parent} is no inversion ({error}): move it away and invert again.") from error
 
 
 def open_inversions(args):
@@ -294,6 +294,7 @@ def write_images(k, rows, images, args):
 
 def main(args):
     check_arguments(args)
+    accelerator = start(args)
     folders = open_inversions(args)
     inverted = next(iter(folders.values()))["settings"]
     model = args.pretrained_model_name_or_path or inverted["pretrained_model_name_or_path"]
@@ -301,7 +302,6 @@ def main(args):
         args.guidance_scale = [inverted["guidance_scale"]]
     if args.image_size is None:
         args.image_size = min(facts["image_size"] for facts in folders.values())
-    accelerator = start(args)
     output_dir, device = Path(args.output_dir), accelerator.device
     settings = recorded_settings(args)
     settings["inversions"] = {name: facts["fingerprint"] for name, facts in folders.items()}

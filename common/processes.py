@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 
 from common.cli import UserError
-from common.records import read_json, write_json
+from common.records import keep_apart, read_json, write_json
 
 PATIENCE = timedelta(
     days=30
@@ -28,7 +28,11 @@ def start(args):
     Without a GPU, Accelerate must be told to use the CPU, or several processes would each do all the work. And
     `accelerate launch` then exports OMP_NUM_THREADS=1 where nobody has set it, which would leave one process all cores
     but one idle: the cores of this machine are shared out among its processes instead.
+
+    Raises:
+        UserError: what cannot be had here, or an output folder that is not apart from the inputs.
     """
+    keep_apart(args)
     try:
         accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),

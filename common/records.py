@@ -20,6 +20,8 @@ from safetensors.torch import save
 
 from common.cli import UserError
 
+FINGERPRINT = re.compile("[0-9a-f]{16}")
+INPUTS = ("model", "teacher", "student", "pretrained_model_name_or_path")  # options that may name a folder
 TEMPORARY = re.compile(r"\..+\.(\w+)-(\d+)\.part")  # of the machine and the process that write it
 
 
@@ -140,14 +142,30 @@ def read_json_lines(path):
     try:
         return [json.loads(line) for line in Path(path).read_text().splitlines()]
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): delete it and start again.") from error
+        raise UserError(f"{path} is damaged ({error}): move it away and start again.") from error
 
 
 def read_json(path):
     try:
         return json.loads(Path(path).read_text())
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): delete it, or {Path(path).parent}, to make it anew.") from error
+        raise UserError(f"{path} is damaged ({error}): move it away to make it anew.") from error
+
+
+def keep_apart(args):
+    """Raises a UserError where the output folder is an input folder, lies in one, or holds one, links being followed:
+    what is written would be taken for input, or written over it."""
+    output = Path(args.output_dir).resolve()
+    options = [name for name in vars(args) if name in INPUTS or (name.endswith("_dir") and name != "output_dir")]
+    for option in options:
+        values = vars(args)[option]
+        for value in map(str, filter(None, values if isinstance(values, list) else [values])):
+            folder = Path(value if Path(value).exists() else value.partition("=")[2] or value)  # [NAME=]PATH
+            source = folder.resolve()
+            relations = {"is": output == source, "lies in": source in output.parents, "holds": output in source.parents}
+            relation = next((name for name, holds in relations.items() if holds), None)
+            if relation and folder.is_dir():
+                raise UserError(f"--output_dir {args.output_dir} {relation} --{option} {value}: keep them apart.")
 
 
 def fingerprint(paths):
@@ -157,6 +175,11 @@ def fingerprint(paths):
         digest.update(f"{path.name}/{path.stat().st_size}/".encode(errors="surrogateescape"))
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def fingerprints(paths, root):
+    """{path below root: fingerprint} of files, of which `differences` can say in words what has changed."""
+    return {Path(path).relative_to(root).as_posix(): fingerprint([path]) for path in paths}
 
 
 def digest(*values):
@@ -182,25 +205,66 @@ def provenance(args, options):
     }
 
 
-def check_settings(path, settings):
+def check_settings(path, settings, may_grow=()):
     """True where `path` records a finished result of these settings, False where there is none.
 
     Raises:
-        UserError: the result was made with other settings.
+        UserError: the result was made with other settings, or the record is damaged.
     """
     path = Path(path)
     if not path.is_file():
         return False
-    compare_settings(path, read_json(path).get("settings", {}), settings)
+    record = read_json(path)
+    before = record.get("settings") if isinstance(record, dict) else None
+    if not isinstance(before, dict):
+        raise UserError(f"{path} is damaged (it holds no settings): move it away to make it anew.")
+    compare_settings(path, before, settings, may_grow)
     return True
 
 
-def compare_settings(path, before, settings):
-    """Raises a UserError where work that `path` records was begun with other settings."""
+def compare_settings(path, before, settings, may_grow=()):
+    """Raises a UserError where work that `path` records was begun with other settings.
+
+    Args:
+        may_grow: the settings {file: fingerprint} to which files may have been added.
+    """
     now = json.loads(json.dumps(settings))
-    changed = [f"{k}: {before.get(k)} then, {now.get(k)} now" for k in now | before if before.get(k) != now.get(k)]
-    if changed:
+    for name in may_grow:
+        if isinstance(before.get(name), dict):
+            now[name] = {file: value for file, value in now[name].items() if file in before[name]}
+    if changed := differences(before, now):
         raise UserError(
             f"{path} was made with other settings or images ({'; '.join(changed)}). Give another --output_dir, or "
-            f"delete {Path(path).parent} to make it anew."
+            f"move {Path(path).parent} out of the way, to make it anew."
         )
+
+
+def differences(before, now):
+    """What has changed from one record of settings to another, in words: a list of texts."""
+    changed = []
+    for name in dict.fromkeys([*now, *before]):
+        then, since = before.get(name), now.get(name)
+        if isinstance(then, dict) and isinstance(since, dict):
+            changed += [f"{name}: {text}" for text in changed_files(then, since)]
+        elif then != since and any(isinstance(x, str) and FINGERPRINT.fullmatch(x) for x in (then, since)):
+            changed.append(f"{name} changed")
+        elif then != since:
+            changed.append(f"{name}: {then} then, {since} now")
+    return changed
+
+
+def changed_files(before, now, most=5):
+    """The differences of two {class/file: fingerprint} in words, as "1 photo added to hammer: x.png"."""
+    verbs = {
+        "added to": sorted(now.keys() - before.keys()),
+        "removed from": sorted(before.keys() - now.keys()),
+        "changed in": sorted(name for name in now.keys() & before.keys() if now[name] != before[name]),
+    }
+    for verb, names in verbs.items():
+        groups = {}
+        for name in names:
+            group, _, file = name.rpartition("/")
+            groups.setdefault(group, []).append(file)
+        for group, files in groups.items():
+            what = f"{len(files)} photo{'s' if len(files) > 1 else ''} {verb} {group}" if group else verb.split()[0]
+            yield f"{what}: {', '.join(files[:most])}{', ...' if len(files) > most else ''}"

@@ -89,4 +89,4 @@ def read_shards(shards):
             if row["file_name"]:
                 yield row, io.BytesIO(sample[Path(row["file_name"]).suffix[1:]])
     except Exception as error:  # tarfile, webdataset and json each raise their own kinds
-        raise UserError(f"{shards[0].parent} holds a damaged shard ({error}): delete it and generate again.") from error
+        raise UserError(f"{shards[0].parent} holds a damaged shard ({error}): generate again elsewhere.") from error

@@ -57,6 +57,24 @@ def test_missing_support_folder(tmp_path):
     assert "support: no such folder" in invert(tmp_path)
 
 
+@pytest.mark.parametrize("place, relation", [("", "is"), ("cat/new", "lies in"), ("link", "lies in"), ("..", "holds")])
+@pytest.mark.parametrize(
+    "command",
+    ["tint_invert.py --support_dir", "distill.py --supports_only --support_dir", "evaluate.py --data_dir",
+     "evaluate.py --support_dir assets --generated_dir name=", "export.py --model assets/student --data_dir",
+     "tint_generate.py --inversion_dir"],
+)  # fmt: skip
+def test_output_among_the_inputs(folder, command, place, relation):
+    """Whatever is written among a user's photos would be taken for photos, by links too."""
+    photos = folder / "support"
+    (folder / "link").symlink_to(photos, target_is_directory=True)
+    output_dir = folder / "link" / "new" if place == "link" else photos / place
+    script, *options = f"{command} {photos}".replace("= ", "=").split()
+    before = sorted(folder.rglob("*"))
+    assert f"{output_dir} {relation} --" in rejected(script, *options, "--output_dir", output_dir)
+    assert sorted(folder.rglob("*")) == before
+
+
 def test_empty_class(folder):
     (folder / "support" / "emu").mkdir()
     assert "emu holds no image" in invert(folder)
@@ -132,16 +150,17 @@ def test_generation_options_that_cannot_be(run_dir, tmp_path, options, message):
 
 def test_damaged_shard(run_dir, tmp_path):
     options = ("--num_images_per_class", 2, "--format", "webdataset", "--shard_size", 2)
-    launch("tint_generate.py", "--inversion_dir", run_dir / "inversion", "--output_dir", tmp_path, *options)
-    shard = tmp_path / "000000.tar"
+    shards = tmp_path / "shards"
+    launch("tint_generate.py", "--inversion_dir", run_dir / "inversion", "--output_dir", shards, *options)
+    shard = shards / "000000.tar"
     shard.write_bytes(shard.read_bytes()[:700])
-    err = rejected("distill.py", "--support_dir", run_dir / "support", "--train_dir", tmp_path,
-                   "--output_dir", tmp_path / "student")  # fmt: skip
-    assert str(tmp_path) in err and "generate again" in err
+    distil = ("distill.py", "--support_dir", run_dir / "support", "--train_dir", shards, "--output_dir",
+              tmp_path / "student")  # fmt: skip
+    err = rejected(*distil)
+    assert str(shards) in err and "generate again" in err
     shard.unlink()
-    (tmp_path / "metadata.jsonl").unlink()
-    err = rejected("distill.py", "--support_dir", run_dir / "support", "--train_dir", tmp_path,
-                   "--output_dir", tmp_path / "student")  # fmt: skip
+    (shards / "metadata.jsonl").unlink()
+    err = rejected(*distil)
     assert "has not finished" in err
 
 
