@@ -138,13 +138,15 @@ def inversion(args, iterations):
 
 
 @cache
-def generation(num_inference_steps, guidance_steps):
-    """TFLOP of generating one image."""
+def generation(num_inference_steps, guidance_steps, share=1.0):
+    """TFLOP of generating one image, which walks the last `share` of the steps: all, or by img2img as far as alpha."""
     pipe = stable_diffusion_1_5()
     schedule = diffusion.make_schedule(pipe.scheduler, num_inference_steps)
     z, embeds = torch.rand(1, 4, 64, 64, device="meta"), torch.rand(1, 77, 768, device="meta")
     guided = tint_generate.guided_steps(num_inference_steps, guidance_steps)
-    denoising = tflop(diffusion.denoise, pipe.unet, schedule, z, embeds, embeds[:, None], 7.5, guided)
+    first_step = torch.tensor([num_inference_steps - round(share * num_inference_steps)])
+    walk = pipe.unet, schedule, z, embeds, embeds[:, None], 7.5, guided, first_step
+    denoising = tflop(diffusion.denoise, *walk)
     return denoising + tflop(diffusion.decode_latents, pipe.vae, z)
 
 

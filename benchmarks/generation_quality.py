@@ -80,7 +80,8 @@ def main(args):
         near, pairwise, psnr = (
             sum(row[k] for row in rows) / len(rows) for k in ("nearest_support", "pairwise", "psnr")
         )
-        print(f"| {name} | {generation(16, options.guidance_steps):.1f} | {alpha} | {count} | {agreement:.1%} "
+        share = alpha if options.method == "img2img" else 1.0
+        print(f"| {name} | {generation(16, options.guidance_steps, share):.1f} | {alpha} | {count} | {agreement:.1%} "
               f"| {near:.3f} | {pairwise:.3f} | {psnr:.1f} |")  # fmt: skip
 
 

@@ -14,12 +14,13 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from common.cli import UserError
-from common.records import read_json
+from common.records import fingerprint_tensors, read_json
 
 for logging in (diffusers_logging, transformers_logging):
     logging.disable_progress_bar()
     logging.set_verbosity_error()
 
+ROOT = Path(__file__).resolve().parent.parent
 WEIGHT_DTYPE = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -41,48 +42,76 @@ def load_stable_diffusion(name_or_path, device, mixed_precision="no", revision=N
     """A frozen `StableDiffusionPipeline` with a DDIM scheduler, from a folder or the hub, from safetensors only.
 
     The UNet gets the working precision. The text encoder and the VAE stay in float32: they cost little, the learned
-    vectors need it, and reconstruction is judged on what the VAE returns.
+    vectors need it, and reconstruction is judged on what the VAE returns. `pipe.fingerprint` tells the weights,
+    whatever the precision, since a path or a name says nothing of what lies there.
 
     Raises:
         UserError: no such folder, or not a Stable Diffusion 1.x or 2.x model.
     """
-    if str(name_or_path).startswith((".", "/", "assets/", "outputs/")) and not Path(name_or_path).is_dir():
-        raise UserError(f"--pretrained_model_name_or_path {name_or_path}: no such folder.")
+    folder = Path(name_or_path)
+    if folder.is_file():
+        raise UserError(f"{folder} is a single file: make a folder of it with diffusers, "
+                        "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER).")  # fmt: skip
+    if str(name_or_path).startswith((".", "/", "assets/", "outputs/")) and not folder.is_dir():
+        ours = f" There is {ROOT / folder}: give that, or start in {ROOT}." if (ROOT / folder).is_dir() else ""
+        raise UserError(f"--pretrained_model_name_or_path {name_or_path}: no such folder.{ours}")
     try:
         pipe = StableDiffusionPipeline.from_pretrained(
-            name_or_path,
-            revision=revision,
-            variant=variant,
-            use_safetensors=True,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-            dtype={"unet": WEIGHT_DTYPE[mixed_precision], "default": torch.float32},
-        )
+            name_or_path, revision=revision, variant=variant, use_safetensors=True, safety_checker=None,
+            feature_extractor=None, requires_safety_checker=False, dtype=torch.float32,
+        )  # fmt: skip
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        unet, width = pipe.unet.config, pipe.text_encoder.config.hidden_size
     except Exception as error:  # the hub, json, safetensors and diffusers each raise their own kinds
+        named = {path.stem.split(".")[1].split("-")[0] for path in folder.glob("unet/*.*.safetensors")}
+        hint = f" Its weights are a variant: add --variant {min(named)}." if named and not variant else ""
         raise UserError(
-            f"Cannot load {name_or_path} as a Stable Diffusion model: {error}\nGive a folder or hub name with unet, "
-            "vae, text_encoder, tokenizer and scheduler in diffusers' format, weights as safetensors."
+            f"Cannot load {name_or_path} as a Stable Diffusion model: {error}{hint}\nGive a folder or hub name with "
+            "unet, vae, text_encoder, tokenizer and scheduler in diffusers' format, weights as safetensors."
         ) from error
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    if unet.addition_embed_type or unet.cross_attention_dim != width or unet.in_channels != unet.out_channels:
+        raise UserError(
+            f"{name_or_path} is no Stable Diffusion 1.x or 2.x model: its UNet takes more than latents, a time and the "
+            "embeddings of one text, as that of SDXL or of inpainting does."
+        )
     if pipe.scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
         raise UserError(f"{name_or_path} predicts {pipe.scheduler.config.prediction_type}: not supported.")
-    for module in (pipe.unet, pipe.vae, pipe.text_encoder):
+    modules = pipe.unet, pipe.vae, pipe.text_encoder
+    pipe.fingerprint = fingerprint_tensors(item for module in modules for item in module.state_dict().items())
+    for module in modules:
         module.requires_grad_(False).eval().to(device)
+    pipe.unet.to(WEIGHT_DTYPE[mixed_precision])
     return pipe
 
 
 def make_schedule(scheduler, num_inference_steps):
-    """The Schedule of a diffusers DDIM scheduler, with its timestep spacing and final alpha."""
-    try:
-        scheduler.set_timesteps(num_inference_steps)
-    except ValueError as error:
-        raise UserError(f"--num_inference_steps {num_inference_steps}: {error}") from error
-    timesteps = tuple(scheduler.timesteps.tolist())
+    """The Schedule of a diffusers DDIM scheduler, with its timestep spacing and final alpha.
+
+    Raises:
+        UserError: steps that miss the model's noise or go beyond it. "leading" spacing rounds T / steps down: 501 of
+            1000 would be one timestep each, and the walk would begin at 501, in the middle of the image.
+    """
+    config = scheduler.config
+    end, spacing, offset = config.num_train_timesteps, config.timestep_spacing, config.steps_offset
+
+    def reaches_noise(steps):
+        if spacing == "leading":
+            return 0.9 * end <= end // steps * steps and end // steps * (steps - 1) + offset < end
+        return steps > 1 or spacing == "trailing"
+
+    if num_inference_steps > end or not reaches_noise(num_inference_steps):
+        good = [steps for steps in range(1, end + 1) if reaches_noise(steps)]
+        nearest = min(good, key=lambda steps: abs(steps - num_inference_steps))
+        raise UserError(
+            f"--num_inference_steps {num_inference_steps}: with this model's {spacing} spacing of {end} timesteps, so "
+            f"many steps do not begin at its noise. Give {nearest}."
+        )
+    scheduler.set_timesteps(num_inference_steps)
+    timesteps = tuple(scheduler.timesteps.tolist()[:num_inference_steps])  # "trailing" adds -1 where it rounds badly
     abar = [scheduler.alphas_cumprod[t].item() for t in timesteps] + [float(scheduler.final_alpha_cumprod)]
     if min(abar) < 1e-6:
         raise UserError("This model's schedule ends in pure noise (zero terminal SNR), from which nothing inverts.")
-    return Schedule(timesteps, tuple(abar), scheduler.config.prediction_type)
+    return Schedule(timesteps, tuple(abar), config.prediction_type)
 
 
 @torch.no_grad()
@@ -146,7 +175,7 @@ def guide(eps_uncond, eps_cond, guidance_scale):
 
 
 @torch.no_grad()
-def denoise(unet, schedule, z, prompt_embeds, null_embeds, guidance_scale, guided=None, first_step=None):
+def denoise(unet, schedule, z, prompt_embeds, null_embeds, guidance_scale, guided=None, first_step=None, progress=None):
     """Walks latents down to z_0 with guidance.
 
     Args:
@@ -154,28 +183,31 @@ def denoise(unet, schedule, z, prompt_embeds, null_embeds, guidance_scale, guide
         prompt_embeds: text embeddings [B, L, D].
         null_embeds: unconditional embeddings of each step [B, T, L, D], or [B, 1, L, D] for all steps.
         guidance_scale: w, a number or one for each latent [B].
-        guided: the steps at which the unconditional prediction is made; in between, the difference eps_c - eps_u of
-            the last of them is kept, and before the first there is none. Default: all.
+        guided: the steps at which the unconditional prediction is made, beside that at which a latent joins; in
+            between, the difference eps_c - eps_u of the last of them is kept. Default: all.
         first_step: the step at which each latent [B] joins the walk, its noise being of that level; default: 0.
+        progress: a bar that counts the steps of all latents.
     """
     num_steps = len(schedule.timesteps)
     null_embeds = null_embeds.expand(-1, num_steps, -1, -1)
     w = torch.as_tensor(guidance_scale, device=z.device).expand(len(z))[:, None, None, None]
     first_step = torch.zeros(len(z), dtype=torch.long) if first_step is None else first_step
-    z, difference = z.clone(), torch.zeros_like(z)
+    z, difference = z.clone(), torch.zeros_like(z, dtype=torch.float32)
     for i in range(num_steps):
         on = (first_step <= i).nonzero()[:, 0].to(z.device)
-        if not len(on):
-            continue
-        if guided is None or i in guided:
-            both = torch.cat([null_embeds[on, i], prompt_embeds[on]])
-            eps_uncond, eps_cond = predict_noise(unet, schedule, torch.cat([z[on], z[on]]), i, both).chunk(2)
-            difference[on] = (eps_cond - eps_uncond).to(z.dtype)
-        else:
-            eps_cond = predict_noise(unet, schedule, z[on], i, prompt_embeds[on])
-            eps_uncond = eps_cond - difference[on]
-        eps = guide(eps_uncond, eps_cond, w[on])
-        z[on] = ddim_step(z[on], eps, schedule.abar[i], schedule.abar[i + 1])
+        now = on if guided is None or i in guided else (first_step == i).nonzero()[:, 0].to(z.device)
+        if len(on):
+            embeds = torch.cat([null_embeds[now, i], prompt_embeds[on]])
+            both = predict_noise(unet, schedule, torch.cat([z[now], z[on]]), i, embeds)
+            eps_uncond, eps_cond = torch.empty_like(z, dtype=both.dtype), torch.empty_like(z, dtype=both.dtype)
+            eps_cond[on] = both[len(now) :]
+            eps_uncond[on] = eps_cond[on] - difference[on]
+            eps_uncond[now] = both[: len(now)]
+            difference[now] = eps_cond[now] - eps_uncond[now]
+            eps = guide(eps_uncond[on], eps_cond[on], w[on])
+            z[on] = ddim_step(z[on], eps, schedule.abar[i], schedule.abar[i + 1])
+        if progress is not None:
+            progress.update(len(z))
     return z
 
 
@@ -190,7 +222,12 @@ def parse_with_model_defaults(parser, script, argv=None, presets=None):
     model = parser.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0]
     defaults = Path(model.pretrained_model_name_or_path) / "tint.json"
     if defaults.is_file():
-        parser.set_defaults(**read_json(defaults).get(script, {}))
+        own = read_json(defaults)
+        own = own.get(script, {}) if isinstance(own, dict) else None
+        if not isinstance(own, dict) or not own.keys() <= vars(model).keys():
+            raise UserError(f"{defaults} should hold {{script: {{option: value}}}}, options being {script}.py's own.")
+        # As text they are read, and checked, as on the command line.
+        parser.set_defaults(**{k: v if isinstance(v, bool | None) else str(v) for k, v in own.items()})
     if presets:
         parser.set_defaults(**presets.get(model.preset, {}))
     return parser.parse_args(argv)

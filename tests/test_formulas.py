@@ -184,7 +184,7 @@ def test_guidance_is_kept_between_its_steps_and_images_join_when_they_are_told()
         x, difference = z[k : k + 1], 0.0
         for i in range(int(first[k]), 6):
             eps_c, eps_u = (network(x, schedule.timesteps[i], e).sample for e in (cond[k : k + 1], null[k : k + 1, i]))
-            if i in guided:
+            if i in guided or i == first[k]:  # else an image that joins late would begin unguided
                 difference = eps_c - eps_u
             eps = eps_c + (w[k].item() - 1) * difference
             a, b = schedule.abar[i], schedule.abar[i + 1]
@@ -215,6 +215,27 @@ def test_img2img_noises_its_support_as_the_scheduler_of_diffusers_does(alpha, fi
     noise = torch.randn(4, 8, 8, generator=generator(5, "cat", 3))
     t = schedule.timesteps[first] if first < 10 else 0  # after the last step, the noise of the first timestep is left
     torch.testing.assert_close(z[0], scheduler.add_noise(z0[1], noise, torch.tensor(t)), atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "spacing, offset, steps, suggested",
+    [("leading", 1, 501, 500), ("leading", 0, 334, 333), ("leading", 1, 1000, 999), ("leading", 1, 130, 125),
+     ("linspace", 0, 1, 2), ("trailing", 0, 1001, 1000)],
+)  # fmt: skip
+def test_steps_that_do_not_begin_at_the_models_noise_are_refused(spacing, offset, steps, suggested):
+    scheduler = DDIMScheduler(**BETAS, timestep_spacing=spacing, steps_offset=offset)
+    with pytest.raises(UserError, match=rf"--num_inference_steps {steps}: .* Give {suggested}\."):
+        diffusion.make_schedule(scheduler, steps)
+    schedule = diffusion.make_schedule(scheduler, suggested)
+    assert len(schedule.timesteps) == suggested and 0 <= schedule.timesteps[-1] <= 2
+
+
+@pytest.mark.parametrize("steps", [61, 103, 122, 201])  # to which the library's trailing spacing adds timestep -1
+def test_trailing_steps_end_at_the_image(steps):
+    schedule = diffusion.make_schedule(DDIMScheduler(**BETAS, timestep_spacing="trailing"), steps)
+    expected = [round(1000 * (1 - i / steps)) - 1 for i in range(steps)]
+    assert np.abs(np.array(schedule.timesteps) - expected).max() <= 1 and len(schedule.abar) == steps + 1
+    assert schedule.abar[0] < 0.005 and (np.diff(schedule.abar) > 0).all()
 
 
 def test_guided_steps_are_spread_evenly():
@@ -406,3 +427,5 @@ def test_operations_are_counted_as_the_network_is_large():
     assert flops.inversion(settings[1], steps)["textual inversion"] == pytest.approx(5000 * 1.669, rel=0.02)
     assert flops.generation(25, 25) == pytest.approx(42.7, abs=0.05)
     assert flops.generation(16, tint_generate.parse_args([]).guidance_steps) <= 21
+    # img2img at alpha 0.5 walks 8 of 16 steps, of which the first and 9, 11 and 13 are guided.
+    assert flops.generation(16, 7, 0.5) == pytest.approx(12 * 0.803 + 2.515, rel=1e-3)
