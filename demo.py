@@ -147,7 +147,7 @@ def run_stages(stages, record):
     environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ  # threads that spin are slow on a busy machine
     before, facts["stages"] = facts["stages"], {}
     if not sys.stderr.isatty():
-        environment["TQDM_MININTERVAL"] = "20"  # a log needs no moving bar
+        environment["TQDM_MININTERVAL"] = "5"  # a log needs no smooth bar
     for stage, words in stages.items():
         command = shlex.join(["python", *words])
         if before.get(stage, {}).get("command") != command:

@@ -7,26 +7,26 @@ paper): alpha 0 gives the image back, alpha 1 a free sample of the class.
     accelerate launch tint_generate.py --inversion_dir outputs/demo/inversion --num_images_per_class 100
 """
 
-import json
+import argparse
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torchvision.transforms.v2 import functional as TF
 from tqdm.auto import tqdm
 
 from common import diffusion
-from common.cli import UserError, argument_parser, positive_int, run
+from common.cli import UserError, argument_parser, non_negative, note, positive_int, run
+from common.generated import agreement
 from common.images import as_picture, as_tensor, encode_image, load_image, save_grid
-from common.models import PrototypeClassifier, input_size, load_model
+from common.inversion import EMBEDS, open_inversions
+from common.models import PrototypeClassifier, features, held_out_accuracy, input_size, load_model
 from common.processes import generator, peak_memory, share_out, start
 from common.records import (
     check_settings,
     digest,
-    fingerprint,
     read_json_lines,
-    remove_folder,
     settings_of,
     whole_file,
     write_json,
@@ -34,6 +34,8 @@ from common.records import (
 )
 from common.shards import open_samples, write_shard
 
+DROPPED = "dropped.jsonl"  # metadata of images that the filter dropped: in metadata.jsonl each row has its image
+FIELDS = (("label", str, None), ("index", int, None), ("file_name", str | None, 0), ("shard", str, ""))  # of each row
 ROWS = ".rows"  # metadata of the chunks that an unfinished run has made
 
 
@@ -59,25 +61,42 @@ def blend(z_T, noise, alpha):
     return mixed * ((1 - alpha) * rms(z_T) + alpha * rms(noise)) / rms(mixed)
 
 
-def plan_images(names, supports, args):
-    """What each image is made of: a list of rows of metadata, class by class.
+def supports_in_turn(name, facts, finished, args):
+    """The index of the support from which a class's images are made, for each round of alphas: all in turn, the rarest
+    first. Images that are `finished`, {(class, index): row}, keep theirs; and a support that was added later gets its
+    share, beyond the number of images asked for."""
+    num_rounds, num_alphas = -(-args.num_images_per_class // len(args.alpha)), len(args.alpha)
+    added = [k for k, image in enumerate(facts["images"]) if image in facts.get("added", [])]
+    rounds, count = [], Counter(dict.fromkeys(range(len(facts["images"])), 0))
+    while len(rounds) < num_rounds or any(count[k] < max(1, num_rounds // len(count)) for k in added):
+        made = [finished.get((name, len(rounds) * num_alphas + k), {}).get("support") for k in range(num_alphas)]
+        known = [support for support in made if support in count]
+        rounds.append(known[0] if known else min(count, key=lambda k: (count[k], k)))
+        count[rounds[-1]] += 1
+    return rounds
+
+
+def plan_images(folders, finished, args):
+    """What each image is made of: a list of rows of metadata for each class.
 
     Image i of a class takes the alphas in turn, and the supports in turn each time the alphas are through, so that a
     column of the picture grid shows one support at every alpha.
     """
-    rows = []
-    for name in names:
-        for index in range(args.num_images_per_class):
+    plans = []
+    for name, facts in folders.items():
+        rows, rounds, asked = [], supports_in_turn(name, facts, finished, args), args.num_images_per_class
+        for index in range(asked if (len(rounds) - 1) * len(args.alpha) < asked else len(rounds) * len(args.alpha)):
             turn, k = divmod(index, len(args.alpha))
             row = {"label": name, "index": index, "seed": args.seed}
             row["guidance_scale"] = args.guidance_scale[k % len(args.guidance_scale)]
             if args.method != "textual_inversion":
-                support, alpha = turn % len(supports[name]), args.alpha[k]
+                support, alpha = rounds[turn], args.alpha[k]
                 if alpha == "uniform":
                     alpha = torch.rand((), generator=generator(args.seed, name, index, "alpha")).item()
-                row |= {"support": support, "support_image": supports[name][support], "alpha": alpha}
+                row |= {"support": support, "support_image": facts["images"][support], "alpha": alpha}
             rows.append(row)
-    return rows
+        plans.append(rows)
+    return plans
 
 
 def starting_point(rows, folders, schedule, prompt_embeds, empty, args):
@@ -117,21 +136,26 @@ def guided_steps(num_steps, wanted):
     return [k * num_steps // wanted for k in range(wanted)]
 
 
-def generate(rows, folders, pipe, schedule, prompt_embeds, empty, device, args):
+def generate(rows, folders, pipe, schedule, prompt_embeds, empty, device, args, progress):
     """The images [B, 3, H, W] in [0, 1] of a batch of rows."""
     start_at = starting_point(rows, folders, schedule, prompt_embeds, empty, args)
     z, prompts, null, first_step = (x.to(device) for x in start_at)
     w = torch.tensor([row["guidance_scale"] for row in rows], device=device)
     guided = guided_steps(len(schedule.timesteps), args.guidance_steps)
-    z = diffusion.denoise(pipe.unet, schedule, z, prompts, null, w, guided, first_step)
+    z = diffusion.denoise(pipe.unet, schedule, z, prompts, null, w, guided, first_step, progress)
     images = diffusion.decode_latents(pipe.vae, z)
     if images.shape[-1] != args.image_size:
         images = TF.resize(images, [args.image_size] * 2, TF.InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
     return images
 
 
-def load_filter(folders, args, device):
-    """The teacher, specialised by cosine prototypes on the support images of the classes in `folders`."""
+def load_teacher(folders, args, device):
+    """The teacher, specialised by cosine prototypes on the support images of the classes in `folders`, and the share of
+    them that it gets right when each is held out, or None.
+
+    Raises:
+        UserError: there is one class only, or a support image is missing.
+    """
     paths = {
         name: [Path(args.support_dir or facts["support_dir"]) / name / image for image in facts["images"]]
         for name, facts in folders.items()
@@ -139,11 +163,14 @@ def load_filter(folders, args, device):
     missing = [path for group in paths.values() for path in group if not path.is_file()]
     if missing or len(folders) < 2:
         why = f"{missing[0]} is missing: say where with --support_dir" if missing else "there is one class only"
-        raise UserError(f"--filter_threshold needs the support images of two classes or more, and {why}.")
-    teacher = load_model(args.teacher, image_size=args.teacher_image_size).to(device)
-    supports = torch.stack([load_image(path, input_size(teacher)[0]) for group in paths.values() for path in group])
-    labels = torch.tensor([label for label, group in enumerate(paths.values()) for _ in group])
-    return PrototypeClassifier(teacher, supports.to(device), labels)
+        raise UserError(f"The teacher needs the support images of two classes or more, and {why}.")
+    model = load_model(args.teacher, image_size=args.teacher_image_size).to(device)
+    supports = torch.stack([load_image(path, input_size(model)[0]) for group in paths.values() for path in group])
+    supports, labels = supports.to(device), torch.tensor([i for i, group in enumerate(paths.values()) for _ in group])
+    teacher = PrototypeClassifier(model, supports, labels)
+    with torch.no_grad():
+        f = torch.cat([features(model, batch) for batch in supports.split(64)]).cpu()
+    return teacher, held_out_accuracy(f, labels)
 
 
 @torch.no_grad()
@@ -156,43 +183,6 @@ def drop_strangers(rows, images, teacher, names, threshold):
     for row, confidence, answer in zip(rows, confidences.tolist(), answers.tolist()):
         if names[answer] != row["label"] and confidence > threshold:
             row |= {"file_name": None, "dropped": f"the teacher calls it {names[answer]}, confidence {confidence:.3f}"}
-
-
-def open_inversion(record, name):
-    """The facts of one class's inversion.json, with its file `name`.safetensors opened as `null_text`."""
-    file = record.parent / f"{name}.safetensors"
-    if name == "null_text_plain" and not file.is_file():
-        raise UserError(f"{file} is missing: --method null_text needs tint_invert.py --plain_prompt.")
-    try:
-        facts = json.loads(record.read_text())
-        facts["null_text"] = safe_open(file, "pt")
-        return facts
-    except Exception as error:  # json and safetensors raise their own kinds
-        raise UserError(f"{record.parent} is no inversion ({error}): move it away and invert again.") from error
-
-
-def open_inversions(args):
-    """{class name: facts of its inversion, with its null-text file opened}, from the folders of tint_invert.py.
-
-    Raises:
-        UserError: no inversions, unfinished or foreign files, or classes inverted with different settings.
-    """
-    root = Path(args.inversion_dir)
-    records = sorted(root.glob("*/inversion.json"))
-    if not records:
-        raise UserError(f"{root} holds no <class>/inversion.json: run tint_invert.py --output_dir {root} first.")
-    name = "null_text_plain" if args.method == "null_text" else "null_text"
-    folders = {}
-    for record in records:
-        facts = open_inversion(record, name)
-        folders[facts["class"]] = facts
-    for record, facts in zip(records, folders.values()):
-        del facts["settings"]["support_images"]
-        files = [record.parent / "learned_embeds.safetensors", record.parent / f"{name}.safetensors"]
-        facts["fingerprint"] = fingerprint(files)
-        if facts["settings"] != next(iter(folders.values()))["settings"]:
-            raise UserError(f"The classes of {root} were inverted with different settings: invert them again alike.")
-    return folders
 
 
 def save_overview(rows, folders, args, columns=24, lines=8):
@@ -237,8 +227,6 @@ def check_arguments(args):
     numbers = [alpha for alpha in args.alpha if alpha != "uniform"]
     if any(not 0 <= alpha <= 1 for alpha in numbers) or (numbers and "uniform" in args.alpha):
         raise UserError(f"--alpha {args.alpha}: give numbers between 0 and 1, or the word uniform alone.")
-    if args.null_text_fade < 0:
-        raise UserError(f"--null_text_fade {args.null_text_fade}: must be 0 or more.")
     if args.guidance_scale and len(args.guidance_scale) not in (1, len(args.alpha)):
         raise UserError(f"--guidance_scale {args.guidance_scale}: give one number, or one for each --alpha.")
     if args.filter_threshold is not None and not 0 <= args.filter_threshold < 1:
@@ -247,7 +235,7 @@ def check_arguments(args):
 
 def recorded_settings(args):
     """The options that decide which images are made."""
-    how = ["batch_size", "inversion_dir", "support_dir", "vae_slicing", "vae_tiling", "compile"]
+    how = ["batch_size", "inversion_dir", "support_dir", "vae_slicing", "vae_tiling", "compile", "agreement"]
     if args.format == "folder":  # to which images can be added; in shards, more would fall into other files
         how += ["num_images_per_class", "shard_size"]
     if args.filter_threshold is None:
@@ -255,28 +243,37 @@ def recorded_settings(args):
     return settings_of(args, *how)
 
 
-def read_finished(output_dir):
+def read_rows(path):
+    """The rows of a file of metadata; none where it is missing, or another run that ends takes it away."""
+    try:
+        rows = [row for row in read_json_lines(path) if isinstance(row, dict)]
+    except FileNotFoundError:
+        return []
+    return [row for row in rows if all(isinstance(row.get(k, default), kind) for k, kind, default in FIELDS)]
+
+
+def read_finished(args):
     """{(label, index): row} of the images made so far, of this and earlier runs."""
-    rows = []
-    for file in [*sorted((output_dir / ROWS).glob("*.jsonl")), output_dir / "metadata.jsonl"]:
-        with suppress(FileNotFoundError):  # another run that ends in this folder moves what is in the first to the last
-            rows += read_json_lines(file)
+    folder = Path(args.output_dir)
+    files = [*(folder / ROWS).glob("*.jsonl"), folder / "metadata.jsonl", folder / DROPPED]  # in the order of writing
     return {
         (row["label"], row["index"]): row
-        for row in rows
-        if row["file_name"] is None or (output_dir / row.get("shard", row["file_name"])).is_file()
+        for row in (row for file in files for row in read_rows(file))
+        if row["file_name"] is None
+        or (row["file_name"] == file_name(row, args) and (folder / row.get("shard", row["file_name"])).is_file())
     }
 
 
 def file_name(row, args):
-    return f"{row['label']}/{row['index']:05d}.{args.image_format}"
+    return f"{row['label']}/{row['index']:05}.{args.image_format}"
 
 
-def write_images(k, rows, images, args):
+def write_images(k, rows, images, finished, args):
     """Writes chunk `k`: its images, but for those dropped, as files or as one shard; then its rows, which mark it.
+    Files that are there already stay: in a chunk that grew, they would come out the same but for their last bits.
 
     Args:
-        images: of each row the bytes of its file.
+        images: of each row the bytes of its file. finished: the rows of images that are there.
     """
     output_dir = Path(args.output_dir)
     rows = [{"file_name": file_name(row, args)} | row for row in rows]
@@ -284,8 +281,9 @@ def write_images(k, rows, images, args):
         rows = [row | {"shard": f"{k:06d}.tar"} for row in rows]
         write_shard(output_dir / f"{k:06d}.tar", rows, images)
     else:
+        rows = [finished.get((row["label"], row["index"]), row) for row in rows]
         for row, image in zip(rows, images):
-            if row["file_name"]:
+            if row["file_name"] and (row["label"], row["index"]) not in finished:
                 with whole_file(output_dir / row["file_name"]) as path:
                     path.write_bytes(image)
     mark = digest([(row["label"], row["index"]) for row in rows])  # other batches in a later run have other marks
@@ -302,21 +300,33 @@ def main(args):
         args.guidance_scale = [inverted["guidance_scale"]]
     if args.image_size is None:
         args.image_size = min(facts["image_size"] for facts in folders.values())
+    elif args.image_size > inverted["resolution"]:
+        note(f"--image_size {args.image_size}: images are drawn at {inverted['resolution']} pixels, then enlarged.")
     output_dir, device = Path(args.output_dir), accelerator.device
-    settings = recorded_settings(args)
-    settings["inversions"] = {name: facts["fingerprint"] for name, facts in folders.items()}
-    if not check_settings(output_dir / "generation.json", settings) and accelerator.is_main_process:
-        write_json(output_dir / "generation.json", {"settings": settings})
-
     pipe = diffusion.load_stable_diffusion(
         model, device, accelerator.mixed_precision, inverted["revision"], inverted["variant"]
     )
     width = next(iter(folders.values()))["null_text"].get_slice("null_offsets").get_shape()[-1]
     if width != pipe.text_encoder.config.hidden_size:
         raise UserError(f"{model} is another kind of model than the one that {args.inversion_dir} was inverted into.")
+    if pipe.fingerprint != inverted["model_weights"] and not args.pretrained_model_name_or_path:
+        raise UserError(
+            f"The weights of {model} are not those that {args.inversion_dir} was inverted into: invert again, or, if "
+            "that is meant, name the model with --pretrained_model_name_or_path."
+        )
+    settings = recorded_settings(args)
+    settings |= {"model_weights": pipe.fingerprint, "mixed_precision": accelerator.mixed_precision}
+    settings["inversions"] = {k: v for facts in folders.values() for k, v in facts["fingerprints"].items()}
+    may_grow = ("inversions",) if args.format == "folder" else ()
+    if not check_settings(output_dir / "generation.json", settings, may_grow) and read_finished(args):
+        raise UserError(f"{output_dir} holds metadata of images, and no generation.json: give another --output_dir.")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        write_json(output_dir / "generation.json", {"settings": settings})
+
     schedule = diffusion.make_schedule(pipe.scheduler, inverted["num_inference_steps"])
     for name in folders:
-        pipe.load_textual_inversion(str(Path(args.inversion_dir) / name / "learned_embeds.safetensors"))
+        pipe.load_textual_inversion(str(Path(args.inversion_dir) / name / EMBEDS))
     with torch.no_grad():
         empty = diffusion.encode_prompts(pipe, [""]).cpu()
         texts = [
@@ -326,7 +336,7 @@ def main(args):
             for facts in folders.values()
         ]
         prompt_embeds = dict(zip(folders, torch.cat([diffusion.encode_prompts(pipe, [t]) for t in texts]).cpu()))
-    teacher = None if args.filter_threshold is None else load_filter(folders, args, device)
+    teacher, held_out = (None, None) if args.filter_threshold is None else load_teacher(folders, args, device)
     if args.vae_slicing:
         pipe.vae.enable_slicing()
     if args.vae_tiling:
@@ -334,41 +344,58 @@ def main(args):
     if args.compile:
         pipe.unet.compile()
 
-    rows = plan_images(folders, {name: facts["images"] for name, facts in folders.items()}, args)
+    finished = read_finished(args)
+    plans = plan_images(folders, finished, args)
+    rows = [row for plan in plans for row in plan]
     planned = {file_name(row, args) for row in rows}
     others = {str(p.relative_to(output_dir)) for p in output_dir.glob(f"*/*.{args.image_format}")} - planned
     if others:
         raise UserError(f"{output_dir} holds images that this run does not make, as {min(others)}: remove them.")
-    # Chunks are the same in every run, so that an image is always computed in the same company, to the same bits.
-    size = args.batch_size if args.format == "folder" else args.shard_size
-    finished = read_finished(output_dir)
-    chunks = [rows[i : i + size] for i in range(0, len(rows), size)]
+    # Chunks are the same in every run, so that an image is always computed in the same company, to the same bits; those
+    # of class folders are of one class, so that others can be added.
+    groups, size = (plans, args.batch_size) if args.format == "folder" else ([rows], args.shard_size)
+    chunks = [group[i : i + size] for group in groups for i in range(0, len(group), size)]
     left = [k for k, chunk in enumerate(chunks) if any((row["label"], row["index"]) not in finished for row in chunk)]
     mine = [(k, chunks[k]) for k in share_out(left, accelerator)]
-    new = sum(len(chunk) for _, chunk in mine)
-    with tqdm(total=new, desc="generating", unit="image", disable=not accelerator.is_local_main_process) as progress:
-        for k, chunk in mine:
-            images = []
-            for i in range(0, len(chunk), args.batch_size):
-                batch = chunk[i : i + args.batch_size]
-                x = generate(batch, folders, pipe, schedule, prompt_embeds, empty, device, args)
-                if not x.isfinite().all():
-                    raise UserError(f"{file_name(batch[0], args)} came out as NaN: use --mixed_precision bf16 or no.")
-                if teacher is not None:
-                    drop_strangers(batch, x, teacher, list(folders), args.filter_threshold)
-                images += [encode_image(image, args.image_format) for image in x.cpu()]
-                progress.update(len(batch))
-            write_images(k, chunk, images, args)
+    new = sum((row["label"], row["index"]) not in finished for _, chunk in mine for row in chunk)
+    steps = len(schedule.timesteps) * sum(len(chunk) for _, chunk in mine)
+    bar = tqdm(total=steps, desc=f"generating {new} images", unit="step", disable=not accelerator.is_local_main_process)
+    for k, chunk in mine:
+        images = []
+        for i in range(0, len(chunk), args.batch_size):
+            batch = chunk[i : i + args.batch_size]
+            x = generate(batch, folders, pipe, schedule, prompt_embeds, empty, device, args, bar)
+            if not x.isfinite().all():
+                raise UserError(f"{file_name(batch[0], args)} came out as NaN: use --mixed_precision bf16 or no.")
+            if teacher is not None:
+                drop_strangers(batch, x, teacher, list(folders), args.filter_threshold)
+            images += [encode_image(image, args.image_format) for image in x.cpu()]
+        write_images(k, chunk, images, finished, args)
+    bar.close()
     new = accelerator.gather(torch.tensor([new], device=device)).sum().item()
     if accelerator.is_main_process:
-        finished = read_finished(output_dir)
-        rows = [finished[row["label"], row["index"]] for row in rows]
-        write_json_lines(output_dir / "metadata.jsonl", rows)
-        remove_folder(output_dir / ROWS)
-        save_overview(rows, folders, args)
-        dropped = sum(row["file_name"] is None for row in rows)
+        finished = read_finished(args)
+        made = {(row["label"], row["index"]): finished[row["label"], row["index"]] for row in rows}
+        kept, dropped = ([r for r in made.values() if bool(r["file_name"]) == whole] for whole in (True, False))
+        write_json_lines(output_dir / "metadata.jsonl", kept)
+        if dropped:
+            write_json_lines(output_dir / DROPPED, dropped)
+        for path in (output_dir / ROWS).glob("*.jsonl"):  # but not those of others that are at work here
+            if {(row["label"], row["index"]) for row in read_rows(path)} <= made.keys():
+                path.unlink(missing_ok=True)
+        with suppress(OSError):
+            (output_dir / ROWS).rmdir()
+        save_overview(kept, folders, args)
+        if args.agreement and kept:
+            try:
+                if teacher is None:
+                    teacher, held_out = load_teacher(folders, args, device)
+                drawn = args.alpha == ["uniform"]
+                print(*agreement(output_dir, teacher, held_out, list(folders), drawn), sep="\n")
+            except UserError as error:  # the images are there all the same
+                print(f"How often the teacher agrees is not known: {error}")
         print(
-            f"{len(rows) - dropped} images in {output_dir}, {new} made now, {dropped} dropped; see "
+            f"{len(kept)} images in {output_dir}, {new} made now, {len(dropped)} dropped; see "
             f"{output_dir / 'grid.png'}\npeak memory of a process: {peak_memory(device) / 2**30:.2f} GiB"
         )
     accelerator.end_training()
@@ -384,58 +411,27 @@ def parse_args(argv=None):
     add("--inversion_dir", default="outputs/demo/inversion", help="what tint_invert.py wrote")
     add("--pretrained_model_name_or_path", help="the Stable Diffusion model; default: the one inverted with")
     add("--num_images_per_class", type=positive_int, default=100, help="images to make of each class")
-    add(
-        "--method",
-        choices=["tint", "textual_inversion", "null_text", "img2img"],
-        default="tint",
+    add("--method", choices=["tint", "textual_inversion", "null_text", "img2img"], default="tint",
         help="tint: the paper; textual_inversion: learned word, fresh noise; null_text: no learned word; img2img: "
-        "learned word, supports noised to the share alpha of the steps, no inverted latents",
-    )
-    add(
-        "--alpha",
-        type=number_or_uniform,
-        nargs="+",
-        default=[0.6, 0.8, 1.0],
-        metavar="ALPHA|uniform",
-        help="blending factors, taken in turn: 0 copies, 1 is free; uniform: drawn for each image",
-    )
-    add(
-        "--null_text_fade",
-        type=float,
-        default=1.0,
-        help="how fast a support's null-text gives way to the empty prompt, its share being 1 - fade * alpha, at least "
-        "0; 0: it never does (the paper)",
-    )
-    add(
-        "--guidance_scale",
-        type=float,
-        nargs="+",
-        help="guidance scale w, or one for each --alpha; default: the one inverted with",
-    )
-    add(
-        "--guidance_steps",
-        type=positive_int,
-        default=7,
-        help="steps at which the unconditional prediction is made, spread evenly; how it differs from the conditional "
-        "one is kept in between. As many as inversion took, or more: all (the paper)",
-    )
-    add(
-        "--filter_threshold",
-        type=float,
-        help="drop what the teacher gives to another class with more confidence",
-    )
+        "learned word, supports noised to the share alpha of the steps, no inverted latents")  # fmt: skip
+    add("--alpha", type=number_or_uniform, nargs="+", default=[0.6, 0.8, 1.0], metavar="ALPHA|uniform",
+        help="blending factors, taken in turn: 0 copies, 1 is free; uniform: drawn for each image")  # fmt: skip
+    add("--null_text_fade", type=non_negative, default=1.0, help="how fast a support's null-text gives way to the "
+        "empty prompt, its share being 1 - fade * alpha, at least 0; 0: it never does (the paper)")  # fmt: skip
+    add("--guidance_scale", type=float, nargs="+", help="scale w, or one for each --alpha; default: inversion's")
+    add("--guidance_steps", type=positive_int, default=7, help="steps at which the unconditional prediction is made, "
+        "spread evenly, its difference from the conditional being kept in between; as many as inversion took, or more: "
+        "all (the paper)")  # fmt: skip
+    add("--filter_threshold", type=float, help="drop what the teacher gives to another class with more confidence")
     add("--teacher", default="assets/teacher", help="the filter's backbone: model folder, timm name or hf-hub:name")
     add("--teacher_image_size", type=positive_int, help="the teacher's input side; default: its own")
-    add("--support_dir", help="support images, for the filter; default: where they were inverted from")
+    add("--support_dir", help="support images, for the teacher; default: where they were inverted from")
+    add("--agreement", action=argparse.BooleanOptionalAction, default=True, help="say how often the teacher agrees")
     group = parser.add_argument_group("output").add_argument
     group("--image_size", type=positive_int, help="side of the images written; default: the support images' side")
     group("--image_format", choices=["png", "webp"], default="png", help="both without loss; webp is smaller")
-    group(
-        "--format",
-        choices=["folder", "webdataset"],
-        default="folder",
-        help="class folders, or tar files of many images each (pip install webdataset)",
-    )
+    group("--format", choices=["folder", "webdataset"], default="folder",
+          help="class folders, or tar files of many images each (pip install webdataset)")  # fmt: skip
     group("--shard_size", type=positive_int, default=1000, help="images in a tar file")
     group = parser.add_argument_group("speed and memory").add_argument
     group("--batch_size", type=positive_int, default=50, help="images denoised together")

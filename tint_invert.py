@@ -7,27 +7,25 @@ word, gives the image back. Together they are TINT (Landolsi and Kahl, 2406.0314
     accelerate launch tint_invert.py --support_dir outputs/demo/support --output_dir outputs/demo/inversion
 """
 
-import json
-import shutil
-import statistics
-import unicodedata
+import argparse
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers.optimization import SchedulerType, get_scheduler
-from safetensors import safe_open
 from safetensors.torch import load_file
-from torchvision.transforms.v2 import functional as TF
 from tqdm.auto import tqdm
 
 from common import diffusion
+from common.checkpoint import load_checkpoint, save_checkpoint
 from common.cli import UserError, argument_parser, natural_int, non_negative, positive, positive_int, run, share
-from common.diffusion import parse_with_model_defaults
-from common.images import list_images, load_image, open_image, save_grid
+from common.images import list_images, open_image, psnr
+from common.inversion import RECORD, batches, begin, describe, name_of, read_inversion, tidy, write_inversion
 from common.processes import generator, start
-from common.records import check_settings, digest, fingerprint, save_tensors, settings_of, write_json
+from common.records import changed_files, check_settings, fingerprints, remove_folder, save_tensors, settings_of
+from common.upscaling import load_support, load_upscaler
+from common.words import add_new_words, require_distinct_words
 
 REFERENCE = {  # the paper's settings
     "max_train_steps": 5000, "train_batch_size": 1, "learning_rate": 1e-3, "lr_scheduler": "constant", "patience": 0,
@@ -123,43 +121,33 @@ def textual_inversion(pipe, names, words, latents, first_id, vectors, args, acce
     Returns:
         vectors [num_classes, num_vectors, D] and per class the curve [(step, loss)] on fixed noise and timesteps.
     """
-    device = vectors.device
-    best, vectors = vectors.clone(), vectors.clone().requires_grad_()
+    learned = torch.nn.ParameterDict({"vectors": vectors.clone(), "best": vectors.clone()})
+    vectors, best = learned["vectors"], learned["best"].data
     optimizer = torch.optim.AdamW([vectors], lr=args.learning_rate, weight_decay=args.adam_weight_decay)
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
     )
-
-    def losses(classes, draws, templates):
-        texts = [template.replace("{}", words[c]) for c, template in zip(classes, templates)]
-        return class_losses(pipe, first_id, vectors.flatten(0, 1), texts, [latents[c] for c in classes], draws)
 
     def draw(c, count, *key):
         rng = generator(args.seed, names[c], *key)
         noisy = draw_noisy_latents(latents[c], pipe.scheduler, count, args.min_timestep, rng)
         return noisy, args.prompt_templates[torch.randint(len(args.prompt_templates), (), generator=rng)]
 
+    def losses(classes, draws, templates):
+        texts = [template.replace("{}", words[c]) for c, template in zip(classes, templates)]
+        return class_losses(pipe, first_id, vectors.flatten(0, 1), texts, [latents[c] for c in classes], draws)
+
     fixed = [draw(c, args.validation_samples, "validation")[0] for c in range(len(names))]
-    first_step, curves = 0, [[] for _ in names]
-    checkpoint = partial / "textual_inversion.safetensors"
-    if checkpoint.is_file():
-        state = load_file(checkpoint, device=str(device))
-        best, vectors.data = state.pop("best"), state.pop("vectors")
-        optimizer.state[vectors] = state
-        with safe_open(checkpoint, "pt") as file:
-            first_step, curves = json.loads(file.metadata()["progress"])
-        for _ in range(first_step):
-            lr_scheduler.step()
-    progress = tqdm(
-        range(first_step, args.max_train_steps + 1),
-        desc="textual inversion",
-        disable=not accelerator.is_local_main_process,
-    )
+    state, checkpoint = {"learned": learned, "optimizer": optimizer}, partial / "textual_inversion.safetensors"
+    first_step, curves = load_checkpoint(checkpoint, {}, **state).get("progress", (0, [[] for _ in names]))
+    for _ in range(first_step):
+        lr_scheduler.step()
+    hidden = not accelerator.is_local_main_process
+    bar = tqdm(total=args.max_train_steps, initial=first_step, desc="textual inversion", unit="step", disable=hidden)
     active = [c for c in range(len(names)) if goes_on(curves[c], args)]
-    for step in progress:
+    for step in range(first_step, args.max_train_steps + 1):
         if step % args.validation_steps == 0 or step == args.max_train_steps:
-            state = optimizer.state[vectors] | {"best": best, "vectors": vectors.detach()}
-            save_tensors(checkpoint, state, {"progress": json.dumps([step, curves])})
+            save_checkpoint(checkpoint, {"progress": [step, curves]}, **state)
             with torch.no_grad():
                 found = losses(active, [fixed[c] for c in active], [args.prompt] * len(active))
             if not found.isfinite().all():
@@ -171,7 +159,7 @@ def textual_inversion(pipe, names, words, latents, first_id, vectors, args, acce
                 if not args.patience or loss < min([x for _, x in curves[c]], default=float("inf")):
                     best[c] = vectors[c].detach()
                 curves[c].append((step, loss))
-            progress.set_postfix(loss=f"{found.mean().item():.4f}", classes=len(active))
+            bar.set_postfix(loss=f"{found.mean().item():.4f}", classes=len(active))
             accelerator.log({f"textual_inversion_loss/{names[c]}": curves[c][-1][1] for c in active}, step)
             active = [c for c in active if goes_on(curves[c], args)]
         if step == args.max_train_steps or not active:
@@ -181,6 +169,9 @@ def textual_inversion(pipe, names, words, latents, first_id, vectors, args, acce
         vectors.grad = gradient(losses(active, draws, templates).sum(), vectors)
         optimizer.step()
         lr_scheduler.step()
+        bar.update()
+    bar.total = bar.n  # what is left is not needed
+    bar.close()
     return best, curves
 
 
@@ -258,246 +249,166 @@ def null_text_inversion(unet, schedule, trajectory, prompt_embeds, null_embeds, 
     return torch.stack(results, 1), z, num_steps
 
 
-def invert_images(images_per_class, latents, texts, pipe, schedule, args, accelerator, partial):
+def invert_images(counts, latents, texts, pipe, schedule, args, accelerator, partial):
     """DDIM and null-text inversion of several classes' images, in batches across classes.
 
     Args:
-        latents: per class z_0 [S_c, C, h, w]. texts: the prompt of each class.
+        counts: images per class. latents: per class z_0 [S_c, C, h, w]. texts: the prompt of each class.
         partial: folder of the batches that an interrupted run has done.
     Returns:
         per class {"latents": z_T [S_c, C, h, w], "null_offsets": the null-text less the empty prompt [S_c, T, L, D],
         float16, "null_text": the z_0 that guided denoising reaches with it, "num_steps": Adam's steps [S_c], and with
         --compare_ddim "ddim": the z_0 that it reaches with the empty prompt}.
     """
-    counts = torch.tensor(images_per_class)
     with torch.no_grad():
         empty = diffusion.encode_prompts(pipe, [""])
-        prompt_embeds = diffusion.encode_prompts(pipe, texts).repeat_interleave(counts.to(empty.device), 0)
-    size, hidden = args.null_text_batch_size, not accelerator.is_local_main_process
-    total = sum(images_per_class) * len(schedule.timesteps)
-    batches = []
-    with tqdm(total=total, desc="null-text inversion", disable=hidden) as progress:
-        for k, (z0, c) in enumerate(zip(torch.cat(latents).split(size), prompt_embeds.split(size))):
-            done = partial / f"images-{k}.safetensors"
-            if not done.is_file():
-                trajectory = ddim_inversion(pipe.unet, schedule, z0, c, args.fixed_point_steps)
-                null = torch.lerp(empty.expand_as(c), c, args.null_text_start)
-                null, reached, num_steps = null_text_inversion(pipe.unet, schedule, trajectory, c, null, args, progress)
-                result = {
-                    "latents": trajectory[0],
-                    "null_offsets": (null - empty).half(),
-                    "null_text": reached,
-                    "num_steps": num_steps,
-                }
-                if args.compare_ddim:
-                    null = empty[None].expand(len(z0), -1, -1, -1)
-                    result["ddim"] = diffusion.denoise(pipe.unet, schedule, trajectory[0], c, null, args.guidance_scale)
-                save_tensors(done, result)
-            batches.append(load_file(done, device=str(z0.device)))
-    parts = {name: torch.cat([batch[name] for batch in batches]).split(images_per_class) for name in batches[0]}
+        prompt_embeds = diffusion.encode_prompts(pipe, texts)
+        prompt_embeds = torch.cat([c.expand(count, -1, -1) for c, count in zip(prompt_embeds, counts)])
+    size, results = args.null_text_batch_size, []
+    progress = tqdm(total=sum(counts) * len(schedule.timesteps), desc="null-text inversion", unit="image step",
+                    disable=not accelerator.is_local_main_process)  # fmt: skip
+    for k, (z0, c) in enumerate(zip(torch.cat(latents).split(size), prompt_embeds.split(size))):
+        done = partial / f"images-{k}.safetensors"
+        if done.is_file():
+            result = load_file(done, device=str(z0.device))
+            progress.update(len(z0) * len(schedule.timesteps))
+        else:
+            trajectory = ddim_inversion(pipe.unet, schedule, z0, c, args.fixed_point_steps)
+            null = torch.lerp(empty.expand_as(c), c, args.null_text_start)
+            null, reached, num_steps = null_text_inversion(pipe.unet, schedule, trajectory, c, null, args, progress)
+            result = {"latents": trajectory[0], "null_offsets": (null - empty).half(), "null_text": reached,
+                      "num_steps": num_steps}  # fmt: skip
+            if args.compare_ddim:
+                null = empty[None].expand(len(z0), -1, -1, -1)
+                result["ddim"] = diffusion.denoise(pipe.unet, schedule, trajectory[0], c, null, args.guidance_scale)
+            save_tensors(done, result)
+        results.append(result)
+    progress.close()
+    parts = {name: torch.cat([result[name] for result in results]).split(counts) for name in results[0]}
     return [dict(zip(parts, values)) for values in zip(*parts.values())]
 
 
-def add_new_words(pipe, names, args):
-    """Adds the classes' new words to the vocabulary, `<name>`, `<name>_1`, ... as diffusers loads them.
-
-    Returns:
-        the words, the id of the first new token, start vectors [num_classes, num_vectors, D], initialiser words
-    """
-    starts, initializers = zip(*(initial_vector(pipe, name, args) for name in names))
-    words = [placeholder_token(name) for name in names]
-    tokens = [word if k == 0 else f"{word}_{k}" for word in words for k in range(args.num_vectors)]
-    first_id = len(pipe.tokenizer)
-    if pipe.tokenizer.add_tokens(tokens) != len(tokens):
-        raise UserError(f"The tokenizer already knows some of {', '.join(tokens)}: rename those class folders.")
-    expected = list(range(first_id, first_id + len(tokens)))
-    if [i for t in tokens for i in pipe.tokenizer(t, add_special_tokens=False).input_ids] != expected:
-        raise UserError(f"The tokenizer does not keep {', '.join(words)} apart: rename those class folders.")
-    pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer), mean_resizing=False)
-    return words, first_id, torch.stack(starts)[:, None].repeat(1, args.num_vectors, 1), initializers
-
-
-def load_upscaler(path, device):
-    """A super-resolution network, images [1, 3, h, w] to larger ones, from a checkpoint that spandrel knows.
-
-    Raises:
-        UserError: spandrel is not installed, or the file is no such checkpoint.
-    """
-    try:
-        from spandrel import ModelLoader
-    except ImportError as error:
-        raise UserError("--upscaler needs the package spandrel (pip install spandrel).") from error
-    try:
-        model = ModelLoader(device).load_from_state_dict(load_file(path))
-    except Exception as error:  # safetensors and spandrel raise their own kinds
-        raise UserError(f"--upscaler {path} is no safetensors checkpoint that spandrel knows: {error}") from error
-    if getattr(model, "input_channels", None) != 3 or model.scale < 2:
-        raise UserError(f"--upscaler {path} does not make RGB images larger: give a super-resolution checkpoint.")
-    return model.eval()
-
-
-@torch.no_grad()
-def load_support(path, resolution, upscaler=None):
-    """A support image [3, resolution, resolution] in [0, 1]; a smaller one is upscaled first, as often as it takes."""
-    if upscaler is None:
-        return load_image(path, resolution)
-    image = load_image(path)
-    while image.shape[-1] < resolution:
-        image = upscaler(image[None].to(upscaler.device))[0].float().clamp(0, 1).cpu()
-    return TF.resize(image, [resolution] * 2, TF.InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
-
-
-def placeholder_token(name):
-    """The new word of a class. Lower case and without spaces, since CLIP's tokenizer knows no other."""
-    return "<" + "-".join(unicodedata.normalize("NFC", name).lower().split()) + ">"
-
-
-def psnr(images, references):
-    """Peak signal-to-noise ratio in dB of each image [B, 3, H, W] in [0, 1]."""
-    return -10 * ((images - references) ** 2).mean((1, 2, 3)).log10()
-
-
-def invert_classes(names, paths, settings, pipe, schedule, upscaler, args, accelerator):
-    """Inverts the images of several classes together, and writes each class's folder.
+def invert_classes(names, paths, known, settings, pipe, schedule, upscaler, args, accelerator):
+    """Inverts images of several classes together, and writes each class's folder.
 
     Args:
-        paths, settings: of each class its images, and the settings for its record.
+        paths, settings: {class name: images}, {class name: settings for its record}.
+        known: what is recorded of one class to which the images are added, and which keeps its word; else None.
     """
-    device = accelerator.device
+    device, root, partial = accelerator.device, Path(args.output_dir), begin(names, settings, args)
     images = [[load_support(path, args.resolution, upscaler) for path in paths[name]] for name in names]
     images = [torch.stack(batch).to(device) for batch in images]
     latents = [torch.cat([diffusion.encode_images(pipe.vae, x[None]) for x in batch]) for batch in images]
-    counts = [len(batch) for batch in images]
-
-    key = digest({name: settings[name] for name in names}, args.null_text_batch_size)
-    partial = Path(args.output_dir) / f".partial-{key}"
     words, first_id, vectors, initializers = add_new_words(pipe, names, args)
-    vectors, curves = textual_inversion(pipe, names, words, latents, first_id, vectors, args, accelerator, partial)
+    if known:
+        learned, curves = load_file(root / names[0] / "learned_embeds.safetensors"), [[]]
+        vectors = torch.stack([learned[word] for word in words]).to(device)
+    else:
+        vectors, curves = textual_inversion(pipe, names, words, latents, first_id, vectors, args, accelerator, partial)
     pipe.text_encoder.get_input_embeddings().weight.data[first_id:] = vectors.flatten(0, 1)
 
-    texts = [args.prompt.replace("{}", word) for word in words]
-    inverted = {"null_text": invert_images(counts, latents, texts, pipe, schedule, args, accelerator, partial)}
-    if args.plain_prompt is not None:
-        texts = [args.plain_prompt] * len(names)
-        inverted["null_text_plain"] = invert_images(
-            counts, latents, texts, pipe, schedule, args, accelerator, partial / "plain"
-        )
+    inverted, counts = {}, [len(batch) for batch in images]
+    for file, prompt, place in ("null_text", args.prompt, "."), ("null_text_plain", args.plain_prompt, "plain"):
+        if prompt is not None:
+            texts = [prompt.replace("{}", word) for word in words]
+            inverted[file] = invert_images(counts, latents, texts, pipe, schedule, args, accelerator, partial / place)
 
     for c, name in enumerate(names):
-        folder = Path(args.output_dir) / name
-        save_tensors(folder / "learned_embeds.safetensors", {words[c]: vectors[c]})
-        for file, results in inverted.items():
-            tensors = {k: results[c][k] for k in ("latents", "null_offsets")} | {"image_latents": latents[c].half()}
-            save_tensors(folder / f"{file}.safetensors", tensors)
         result = {"vae": latents[c]} | inverted["null_text"][c]
         decoded = {
             kind: torch.cat([diffusion.decode_latents(pipe.vae, z[None]) for z in result[kind]])
             for kind in ("vae", "ddim", "null_text")
             if kind in result
         }
-        quality = {kind: psnr(x, images[c]).tolist() for kind, x in decoded.items()}
-        titles = [f"{kind.replace('_', '-')} {statistics.mean(values):.1f} dB" for kind, values in quality.items()]
-        columns = [path.name for path in paths[name]]
-        save_grid([images[c], *decoded.values()], folder / "reconstruction.png", [name, *titles], columns)
+        sides = [min(open_image(path).size) for path in paths[name]]
         facts = {
             "settings": settings[name],
             "class": name,
             "support_dir": str(Path(args.support_dir).resolve()),
             "placeholder_token": words[c],
             "initializer_token": initializers[c],
-            "images": [path.relative_to(Path(args.support_dir) / name).as_posix() for path in paths[name]],
-            "image_size": min([args.resolution, *(min(open_image(path).size) for path in paths[name])]),
+            "images": [name_of(path, name, args) for path in paths[name]],
+            "image_size": min([args.resolution, *sides]),
+            "original_size": min(sides),
             "textual_inversion_loss": curves[c],
             "null_text_steps": result["num_steps"].tolist(),
-            "reconstruction_psnr_db": quality,
+            "reconstruction_psnr_db": {kind: psnr(x, images[c]).tolist() for kind, x in decoded.items()},
         }
-        write_json(folder / "inversion.json", facts)  # last: it marks the class as done
-    shutil.rmtree(partial)
+        tensors = {
+            file: {k: results[c][k] for k in ("latents", "null_offsets")} | {"image_latents": latents[c].half()}
+            for file, results in inverted.items()
+        }
+        write_inversion(root / name, facts, vectors[c], tensors, [images[c], *decoded.values()], known)
+    remove_folder(partial)
 
 
-def initial_vector(pipe, name, args):
-    """The embedding [D] that a class's vectors start from, and its words: those of --initializer_token, else those
-    of the class name that the tokenizer knows as one token, else --fallback_token's. Of several words the mean."""
-    for option in ("initializer_token", None, "fallback_token"):
-        text = getattr(args, option) if option else name.replace("-", " ").replace("_", " ")
-        ids = {w: pipe.tokenizer(w, add_special_tokens=False).input_ids for w in (text or "").split()}
-        words = [word for word in ids if len(ids[word]) == 1]
-        if option and text is not None and (not words or len(words) < len(ids)):
-            raise UserError(f"--{option} {text!r}: give words that this model's tokenizer knows as one token each.")
-        if words:
-            rows = [ids[word][0] for word in words]
-            return pipe.text_encoder.get_input_embeddings().weight[rows].detach().mean(0), " ".join(words)
+def read_templates(args):
+    """The prompt templates of textual inversion: the lines of --prompt_templates, by default --prompt alone."""
+    templates = {f"--prompt {args.prompt!r}": [args.prompt]}
+    if args.prompt_templates is not None:
+        path = Path(args.prompt_templates)
+        if not path.is_file():
+            raise UserError(f"--prompt_templates {path}: no such file.")
+        lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
+        templates[f"--prompt_templates {path}: each line"] = lines
+    for option, lines in templates.items():
+        if not lines or any(line.count("{}") != 1 for line in lines):
+            raise UserError(f"{option} must hold {{}} once, where the learned word goes.")
+    return lines
 
 
 def main(args):
-    classes = list_images(args.support_dir)
-    if args.prompt.count("{}") != 1:
-        raise UserError(f"--prompt {args.prompt!r} must hold {{}} once, where the learned word goes.")
-    if not 0 <= args.null_text_start <= 1:
-        raise UserError(f"--null_text_start {args.null_text_start}: must lie between 0 and 1.")
-    by_word = {}
-    for name in classes:
-        by_word.setdefault(placeholder_token(name), []).append(name)
-    for word, names in by_word.items():
-        if len(names) > 1:
-            raise UserError(f"The classes {' and '.join(names)} of {args.support_dir} would share the word {word}.")
-    args.prompt_templates = read_templates(args)
     accelerator = start(args)
+    classes = list_images(args.support_dir)
+    require_distinct_words(classes)
+    args.prompt_templates = read_templates(args)
     pipe = diffusion.load_stable_diffusion(
-        args.pretrained_model_name_or_path,
-        accelerator.device,
-        accelerator.mixed_precision,
-        args.revision,
-        args.variant,
+        args.pretrained_model_name_or_path, accelerator.device, accelerator.mixed_precision, args.revision, args.variant
     )
     upscaler = None if args.upscaler == "bicubic" else load_upscaler(args.upscaler, accelerator.device)
     if args.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
     if args.resolution is None:
         args.resolution = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    if args.resolution % pipe.vae_scale_factor:
+        raise UserError(f"--resolution {args.resolution}: this model takes multiples of {pipe.vae_scale_factor}.")
     schedule = diffusion.make_schedule(pipe.scheduler, args.num_inference_steps)
     if args.min_timestep >= pipe.scheduler.config.num_train_timesteps:
         raise UserError(f"--min_timestep {args.min_timestep}: the model's timesteps end before.")
 
+    root = Path(args.output_dir)
+    shared = settings_of(args, *HOW)
+    shared |= {"model_weights": pipe.fingerprint, "mixed_precision": accelerator.mixed_precision}
+    settings = {n: shared | {"support_images": fingerprints(paths, args.support_dir)} for n, paths in classes.items()}
     mine = list(classes)[accelerator.process_index :: accelerator.num_processes]
-    settings = {name: settings_of(args, *HOW) | {"support_images": fingerprint(classes[name])} for name in mine}
-    mine = [n for n in mine if not check_settings(Path(args.output_dir) / n / "inversion.json", settings[n])]
-    for i in range(0, len(mine), args.class_batch_size):
-        names = mine[i : i + args.class_batch_size]
-        invert_classes(names, classes, settings, pipe, schedule, upscaler, args, accelerator)
-    new = accelerator.gather(torch.tensor([len(mine)], device=accelerator.device)).sum().item()
+    done = [name for name in mine if check_settings(root / name / RECORD, settings[name], ("support_images",))]
+    new = [name for name in mine if name not in done]
+    for names in batches(root, mine, new, settings, args):
+        invert_classes(names, classes, None, settings, pipe, schedule, upscaler, args, accelerator)
+    for name in done:
+        known = read_inversion(root / name)
+        added = [path for path in classes[name] if name_of(path, name, args) not in known["images"]]
+        if added:
+            print("; ".join(changed_files(known["settings"]["support_images"], settings[name]["support_images"])))
+            invert_classes([name], {name: added}, known, settings, pipe, schedule, upscaler, args, accelerator)
+    new = accelerator.gather(torch.tensor([len(new)], device=accelerator.device)).sum().item()
     if accelerator.is_main_process:
-        for folder in Path(args.output_dir).glob(".partial-*"):  # of other settings
-            shutil.rmtree(folder)
-    accelerator.print(f"{len(classes)} classes in {args.output_dir}, of which {new} new")
+        tidy(root)
+        print(*describe(root, classes, args), sep="\n")
+        print(f"{len(classes)} classes in {root}, of which {new} new")
     accelerator.end_training()
-
-
-def read_templates(args):
-    """The prompt templates of textual inversion: the lines of --prompt_templates, by default --prompt alone."""
-    if args.prompt_templates is None:
-        return [args.prompt]
-    path = Path(args.prompt_templates)
-    if not path.is_file():
-        raise UserError(f"--prompt_templates {path}: no such file.")
-    lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    if not lines or any(line.count("{}") != 1 for line in lines):
-        raise UserError(f"--prompt_templates {path}: each line must hold {{}} once, where the learned word goes.")
-    return lines
 
 
 def parse_args(argv=None):
     parser = argument_parser(__doc__, "outputs/demo/inversion")
-    add = parser.add_argument
-    add(
-        "--pretrained_model_name_or_path", default="assets/mini-sd", help="Stable Diffusion 1.x/2.x: folder or hub name"
-    )
+    add, flag = parser.add_argument, argparse.BooleanOptionalAction
+    add("--pretrained_model_name_or_path", default="assets/mini-sd", help="Stable Diffusion 1.x/2.x: folder, hub name")
     add("--revision", help="the hub model's revision")
     add("--variant", help="the weight files' variant, e.g. fp16")
     add("--support_dir", default="outputs/demo/support", help="images to invert: one folder per class")
     add("--resolution", type=positive_int, help="side that images, cut square, are resized to; default: the model's")
     add("--upscaler", default="bicubic", help="for smaller images: a safetensors checkpoint that spandrel knows")
-    add("--preset", choices=["fast", "reference"], default="fast", help="reference: the paper's settings for all below")
+    add("--preset", choices=["fast", "reference"], default="fast", help="reference: the paper's settings for the below")
     add("--prompt", default="a photo of a {}", help="prompt of inversion and generation; {} is the learned word")
     add("--prompt_templates", help="file with a prompt a line for textual inversion; default: --prompt alone")
     add("--plain_prompt", help="also invert with this prompt, without the learned word (generation's null_text method)")
@@ -511,15 +422,13 @@ def parse_args(argv=None):
     group("--adam_weight_decay", type=non_negative, default=1e-2, help="AdamW's weight decay")
     group("--lr_scheduler", default="constant", choices=[s.value for s in SchedulerType][:6], help="its course")
     group("--lr_warmup_steps", type=natural_int, default=0, help="steps of its warm-up")
-    group(
-        "--min_timestep", type=natural_int, default=250, help="smallest t trained at: finer detail is not the class's"
-    )
+    group("--min_timestep", type=natural_int, default=250, help="smallest t of training: below is no class's detail")
     group("--validation_steps", type=positive_int, default=10, help="steps between losses on fixed noise")
     group("--validation_samples", type=positive_int, default=16, help="fixed noisy latents a class")
     group("--patience", type=natural_int, default=3, help="validations without gain until a class is done; 0: never")
     group("--min_improvement", type=non_negative, default=0.002, help="share of the loss that counts as a gain")
     group("--class_batch_size", type=positive_int, default=1, help="classes that are inverted together")
-    group("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, more time")
+    group("--gradient_checkpointing", action=flag, default=False, help="recompute activations: less memory, more time")
     group = parser.add_argument_group("null-text inversion").add_argument
     group("--num_inference_steps", type=positive_int, default=16, help="DDIM steps")
     group("--guidance_scale", type=non_negative, default=7.5, help="guidance scale w")
@@ -527,16 +436,11 @@ def parse_args(argv=None):
     group("--null_text_steps", type=natural_int, default=5, help="at most so many Adam steps a DDIM step")
     group("--null_text_tolerance", type=non_negative, default=3e-4, help="mean squared error that is close enough")
     group("--fixed_point_steps", type=natural_int, default=1, help="more evaluations a step of DDIM inversion")
-    group(
-        "--null_text_start",
-        type=share,
-        default=0.5,
-        help="from the empty prompt, 0 (the paper), to the prompt, 1, with which nothing is guided, so that no step is "
-        "needed either (negative-prompt inversion, 2305.16807)",
-    )
-    group("--compare_ddim", action="store_true", help="also reconstruct with the empty prompt, for the record")
+    group("--null_text_start", type=share, default=0.5, help="from the empty prompt, 0 (the paper), to the prompt, 1, "
+          "with which nothing is guided and no step is needed (negative-prompt inversion, 2305.16807)")  # fmt: skip
+    group("--compare_ddim", action=flag, default=False, help="also reconstruct with the empty prompt")
     group("--null_text_batch_size", type=positive_int, default=5, help="images that are inverted together")
-    return parse_with_model_defaults(parser, "tint_invert", argv, {"reference": REFERENCE})
+    return diffusion.parse_with_model_defaults(parser, "tint_invert", argv, {"reference": REFERENCE})
 
 
 if __name__ == "__main__":

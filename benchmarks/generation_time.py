@@ -59,7 +59,7 @@ def main(args):
         for turn in range(args.num_turns):
             measured["reference"].append(seconds(one_by_one) / args.num_reference_images)
             options = ["--inversion_dir", f"{folder}/inversion", "--output_dir", f"{folder}/{turn}"]
-            options += ["--num_images_per_class", str(args.num_images_per_class)]
+            options += ["--num_images_per_class", str(args.num_images_per_class), "--no-agreement"]
             ours = tint_generate.parse_args(options)
             measured["ours"].append(seconds(partial(tint_generate.main, ours)) / (5 * args.num_images_per_class))
     mean = {name: sum(values) / len(values) for name, values in measured.items()}

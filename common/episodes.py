@@ -82,7 +82,7 @@ def parse_arm(text, args, stages, precision="no"):
         raise UserError(f"--methods {text}: unknown method {method!r}; there are {', '.join(METHODS)}.")
     own = {
         "invert": ["--pretrained_model_name_or_path", args.pretrained_model_name_or_path, *split(args.invert)],
-        "generate": ["--method", method, *split(args.generate)],
+        "generate": ["--no-agreement", "--method", method, *split(args.generate)],
         "distill": ["--teacher", args.teacher, "--student", args.student, *split(args.distill)],
     }
     if args.teacher_image_size:

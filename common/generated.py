@@ -64,6 +64,29 @@ def embed(folder, teacher, classes, batch_size):
     return f.cpu(), (f @ teacher.prototypes.T).argmax(-1).cpu(), labels, [row.get("alpha") for row in rows]
 
 
+def agreement(folder, teacher, held_out, classes, drawn):
+    """Lines that say how often the teacher gives the images of a folder their class, at each alpha, and what to do
+    where that is seldom.
+
+    Args:
+        held_out: how often it gives the support images theirs, each held out, or None. drawn: whether alphas were
+            drawn at random.
+    """
+    _, answers, labels, alphas = embed(folder, teacher, classes, 64)
+    groups = {}
+    for right, alpha in zip((answers == labels).tolist(), alphas):
+        groups.setdefault(round(5 * alpha) / 5 if drawn else alpha, []).append(right)
+    rates = {alpha: sum(hits) / len(hits) for alpha, hits in sorted(groups.items(), key=lambda group: group[0] or 0)}
+    said = [f"{rate:.0%}" + ("" if alpha is None else f" at alpha {alpha:g}") for alpha, rate in rates.items()]
+    yardstick = "" if held_out is None else f"; the support images, each held out, theirs: {held_out:.0%}"
+    yield f"the teacher, specialised on the support images, gives images their class: {', '.join(said)}{yardstick}"
+    if min(rates.values()) < (1 if held_out is None else held_out) - 0.2:
+        yield (
+            "Where that is far less, images have lost their class: take a smaller --alpha, and if that does not help, "
+            "invert into a diffusion model that knows such images (--pretrained_model_name_or_path)."
+        )
+
+
 def evaluate_generated(args, accelerator):
     """Specificity and diversity of each --generated_dir at each alpha, for results.json."""
     if not args.support_dir:

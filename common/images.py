@@ -223,3 +223,8 @@ def save_grid(rows, path, lines=(), columns=(), side=None):
             picture.paste(as_picture(image.float().cpu()).resize((side, side), method), place(i, j))
     with whole_file(path) as temporary:
         picture.save(temporary, "png")
+
+
+def psnr(images, references):
+    """Peak signal-to-noise ratio in dB of each image [B, 3, H, W] in [0, 1]."""
+    return -10 * ((images - references) ** 2).mean((1, 2, 3)).log10()

@@ -271,6 +271,19 @@ def cosine_prototypes(f, labels):
     return center, F.normalize((members / members.sum(0)).T @ unit, dim=-1)
 
 
+@torch.no_grad()
+def held_out_accuracy(f, labels):
+    """How many of features [S, D] the cosine prototypes of all others give the label, as a share; None where no class
+    has two."""
+    right = []
+    for i in range(len(f)):
+        others = torch.arange(len(f)) != i
+        if (labels[others] == labels[i]).any():
+            center, prototypes = cosine_prototypes(f[others], labels[others])
+            right.append((F.normalize(f[i] - center, dim=-1) @ prototypes.T).argmax().item() == labels[i].item())
+    return sum(right) / len(right) if right else None
+
+
 class PrototypeClassifier(nn.Module):
     """A backbone specialised on a support set by cosine prototypes (Snell et al., 1703.05175, with the cosine and
     the centring of SimpleShot, 1911.04623).

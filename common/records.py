@@ -163,6 +163,8 @@ def keep_apart(args):
             folder = Path(value if Path(value).exists() else value.partition("=")[2] or value)  # [NAME=]PATH
             source = folder.resolve()
             relations = {"is": output == source, "lies in": source in output.parents, "holds": output in source.parents}
+            if option in ("dataset_dir", "web_dir"):  # beside what evaluate.py writes they are in nobody's way
+                relations["holds"] = False
             relation = next((name for name, holds in relations.items() if holds), None)
             if relation and folder.is_dir():
                 raise UserError(f"--output_dir {args.output_dir} {relation} --{option} {value}: keep them apart.")
@@ -180,6 +182,15 @@ def fingerprint(paths):
 def fingerprints(paths, root):
     """{path below root: fingerprint} of files, of which `differences` can say in words what has changed."""
     return {Path(path).relative_to(root).as_posix(): fingerprint([path]) for path in paths}
+
+
+def fingerprint_tensors(tensors):
+    """The same for the contents of tensors [(name, tensor), ...] on the CPU."""
+    hashed = hashlib.sha256()
+    for name, tensor in tensors:
+        hashed.update(name.encode())
+        hashed.update(tensor.contiguous().numpy().tobytes())
+    return hashed.hexdigest()[:16]
 
 
 def digest(*values):

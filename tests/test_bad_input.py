@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
 import demo
@@ -116,6 +117,72 @@ def test_pickled_weights_are_refused(folder):
     (folder / "model" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     torch.save({}, folder / "model" / "unet" / "diffusion_pytorch_model.bin")
     assert "weights as safetensors" in invert(folder, "--pretrained_model_name_or_path", folder / "model")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--resolution", 33), "--resolution 33: this model takes multiples of 4"),
+        (("--num_inference_steps", 501), "Give 500."),
+        (("--num_inference_steps", 1000), "Give 999."),
+    ],
+)
+def test_numbers_that_the_diffusion_model_does_not_take(folder, options, message):
+    assert message in invert(folder, *options) and not (folder / "out").exists()
+
+
+def test_kinds_of_diffusion_models_that_are_not_taken(folder):
+    model = folder / "model"
+    shutil.copytree(ROOT / "assets" / "mini-sd", model)
+    given = ("--pretrained_model_name_or_path", model)
+    unet = model / "unet" / "diffusion_pytorch_model.safetensors"
+    single = ("--pretrained_model_name_or_path", unet)
+    assert "is a single file: make a folder of it" in invert(folder, *single)
+    (model / "tint.json").write_text('{"tint_invert": {"guidance": 3}}')
+    assert "tint.json should hold" in invert(folder, *given)
+    (model / "tint.json").unlink()
+    for part in ("unet", "vae"):
+        weights = model / part / "diffusion_pytorch_model.safetensors"
+        weights.rename(weights.with_suffix(".fp16.safetensors"))
+    assert "add --variant fp16" in invert(folder, *given)
+    for part in ("unet", "vae"):
+        weights = model / part / "diffusion_pytorch_model.safetensors"
+        weights.with_suffix(".fp16.safetensors").rename(weights)
+    config = json.loads((model / "unet" / "config.json").read_text())
+    pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
+    config |= {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "block_out_channels": [32, 64],
+               "projection_class_embeddings_input_dim": 64, "down_block_types": ["DownBlock2D"] * 2,
+               "up_block_types": ["UpBlock2D"] * 2, "mid_block_type": None}  # fmt: skip
+    pipe.unet = UNet2DConditionModel.from_config(config)
+    pipe.save_pretrained(model)
+    assert "is no Stable Diffusion 1.x or 2.x model" in invert(folder, *given)
+
+
+def test_defaults_from_another_folder(folder):
+    script = ROOT / "tint_invert.py"
+    _, err = launch(script, "--support_dir", "support", cwd=folder, code=2)
+    assert f"There is {ROOT / 'assets' / 'mini-sd'}: give that, or start in {ROOT}" in err
+    _, err = launch(script, cwd=folder, code=2)
+    assert "outputs/demo/support: no such folder" in err and "python -m common.datasets" in err
+
+
+def test_records_of_an_inversion_that_are_not_its_own(run_dir, tmp_path):
+    """A class is its folder's name: whatever else the record says would be written to."""
+    shutil.copytree(run_dir / "inversion", tmp_path / "inversion")
+    path = sorted(tmp_path.glob("inversion/*/inversion.json"))[0]
+    facts = json.loads(path.read_text())
+    for changes, message in (
+        ({"class": "../outside"}, "its folder should have that name"),
+        ({"images": "x"}, "is damaged (images"),
+        ({"textual_inversion_loss": []}, "is damaged ("),
+        ({"settings": {}}, "is damaged (guidance_scale"),
+        ({"placeholder_token": "<other>"}, "its word is not <other>"),
+        ({"images": [*facts["images"], "more.png"]}, "is damaged (images"),
+    ):
+        path.write_text(json.dumps(facts | changes))
+        err = rejected("tint_generate.py", "--inversion_dir", tmp_path / "inversion", "--output_dir", tmp_path / "out")
+        assert message in err and str(path.parent) in err
+    assert not (tmp_path / "outside").exists() and not (tmp_path / "out").exists()
 
 
 def test_unknown_initializer_token(folder):

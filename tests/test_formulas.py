@@ -219,7 +219,7 @@ def test_img2img_noises_its_support_as_the_scheduler_of_diffusers_does(alpha, fi
 
 @pytest.mark.parametrize(
     "spacing, offset, steps, suggested",
-    [("leading", 1, 501, 500), ("leading", 0, 334, 333), ("leading", 1, 1000, 999), ("leading", 1, 130, 125),
+    [("leading", 1, 501, 500), ("leading", 0, 334, 333), ("leading", 1, 1000, 999), ("leading", 1, 143, 142),
      ("linspace", 0, 1, 2), ("trailing", 0, 1001, 1000)],
 )  # fmt: skip
 def test_steps_that_do_not_begin_at_the_models_noise_are_refused(spacing, offset, steps, suggested):
@@ -248,6 +248,7 @@ def test_the_reference_preset_is_the_papers_and_the_command_line_has_the_last_wo
     assert (args.max_train_steps, args.train_batch_size, args.learning_rate, args.patience) == (5000, 1, 1e-3, 0)
     assert (args.num_inference_steps, args.guidance_scale, args.null_text_tolerance) == (25, 7.5, 1e-5)
     assert args.null_text_steps == 3 and args.fixed_point_steps == 0 == args.null_text_start
+    assert args.compare_ddim and not tint_invert.parse_args(["--no-compare_ddim"]).compare_ddim
     assert args.prompt == "an icon of a {}"  # the model's own, which the paper says nothing of
 
 

@@ -143,8 +143,8 @@ def test_images_are_the_same_to_the_byte_whatever_the_processes_and_interruption
         assert difference.mean() < 1 and difference.max() < 16
 
 
-def rows_of(folder):
-    return [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+def rows_of(folder, file="metadata.jsonl"):
+    return [json.loads(line) for line in (folder / file).read_text().splitlines()]
 
 
 def test_the_methods_start_from_what_they_say(run_dir, tmp_path):
@@ -229,14 +229,15 @@ def test_the_filter_drops_what_the_teacher_gives_to_another_class(run_dir, tmp_p
     assert 0 < len(wrong) < 16  # four steps of diffusion at alpha 1 go wrong often enough
     left = {path.relative_to(tmp_path / "filtered") for path in (tmp_path / "filtered").glob("*/*.png")}
     assert left == {path.relative_to(tmp_path / "all") for path in paths} - wrong
-    dropped = [row for row in rows_of(tmp_path / "filtered") if row["file_name"] is None]
+    dropped = rows_of(tmp_path / "filtered", "dropped.jsonl")
+    assert len(rows_of(tmp_path / "filtered")) == 16 - len(wrong)
     assert {f"{row['label']}/{row['index']:05d}.png" for row in dropped} == {str(path) for path in wrong}
     assert all("the teacher calls it" in row["dropped"] for row in dropped)
     before = files_below(tmp_path / "filtered")
     generate(run_dir, tmp_path / "filtered", *options, "--filter_threshold", 0.3)  # finds nothing to do
     assert files_below(tmp_path / "filtered") == before
     loaded = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "filtered"), cache_dir=str(tmp_path / "c"))
-    assert sum(image is not None for image in loaded["train"]["image"]) == 16 - len(wrong)
+    assert len(loaded["train"]) == 16 - len(wrong) and None not in loaded["train"]["image"]
 
 
 def test_generated_folders_open_as_the_libraries_expect(run_dir, tmp_path):
@@ -247,6 +248,9 @@ def test_generated_folders_open_as_the_libraries_expect(run_dir, tmp_path):
     for row, sample in zip(rows, loaded):
         assert sample["label"] == row["label"] and sample["alpha"] == row["alpha"]
         assert (np.asarray(sample["image"]) == pixels(folder / row["file_name"])).all()
+    labelled = datasets.load_dataset("imagefolder", data_files=f"{folder}/*/*.png", cache_dir=str(tmp_path))["train"]
+    assert labelled.features["label"].names == classes_of(run_dir)
+    assert [labelled.features["label"].int2str(i) for i in labelled["label"]] == [row["label"] for row in rows]
 
 
 def test_specificity_and_diversity_of_a_generated_folder(run_dir, tmp_path):
@@ -362,6 +366,97 @@ def test_a_second_run_changes_nothing_and_other_settings_are_refused(run_dir):
     assert "of which 0 new" in out and marker.stat().st_mtime_ns == before
     _, err = launch("tint_invert.py", *options, "--num_vectors", 1, *INVERT, code=2)
     assert "num_vectors: 2 then, 1 now" in err and marker.stat().st_mtime_ns == before
+
+
+def test_adding_is_adding(run_dir, tmp_path):
+    """Another class, and another photo of a class: what was there stays, to the byte, and only the new is made."""
+    for part in ("support", "inversion", "generated"):
+        shutil.copytree(run_dir / part, tmp_path / part)
+    names, new = classes_of(run_dir), "a qwxz"
+    photos = [sorted((run_dir / "query" / name).iterdir())[0] for name in names]
+    (tmp_path / "support" / new).mkdir()
+    shutil.copy(photos[1], tmp_path / "support" / new / "first.png")
+    shutil.copy(photos[0], tmp_path / "support" / names[0] / "more.png")
+    (tmp_path / "inversion" / ".partial-of-others").mkdir()
+    (tmp_path / "inversion" / ".partial-of-others" / "classes.json").write_text('["somebody elses"]')
+    before = files_below(tmp_path / "inversion") | files_below(tmp_path / "generated")
+    invert = ("tint_invert.py", "--support_dir", tmp_path / "support", "--output_dir", tmp_path / "inversion",
+              "--plain_prompt", "an icon", "--num_vectors", 2, *INVERT)  # fmt: skip
+    out, _ = launch(*invert)
+    assert f"1 photo added to {names[0]}: more.png" in out and "3 classes" in out and "of which 1 new" in out
+    assert "qwxz" in out.split("(not in the tokenizer: ")[1].split(")")[0] and "by the VAE alone at" in out
+    changed = {"inversion.json", "null_text.safetensors", "null_text_plain.safetensors"}
+    after = files_below(tmp_path / "inversion")
+    assert {path for path in after if before.get(path) != after[path]} == {
+        *(Path(names[0], file) for file in changed), Path(names[0], "reconstruction_from_2.png"),
+        *(path for path in after if path.parts[0] == new),
+    }  # fmt: skip
+    facts = json.loads(after[Path(names[0], "inversion.json")])
+    assert facts["images"][2:] == ["more.png"] == facts["added"]
+    assert all(len(values) == 3 for values in facts["reconstruction_psnr_db"].values())
+    for file in ("null_text", "null_text_plain"):
+        ours, old = (load_file(f / "inversion" / names[0] / f"{file}.safetensors") for f in (tmp_path, run_dir))
+        assert all(ours[k].shape[0] == 3 and torch.equal(ours[k][:2], old[k]) for k in old)
+    make = ("tint_generate.py", "--inversion_dir", tmp_path / "inversion", "--output_dir", tmp_path / "generated",
+            "--num_images_per_class", 6, "--alpha", 0, 0.5, 1)  # fmt: skip
+    out, _ = launch(*make)
+    assert "21 images" in out and "9 made now" in out and "at alpha 0.5" in out
+    after = files_below(tmp_path / "generated")
+    same = {path for path in before if path.suffix == ".png" and path.name[0] == "0"}
+    assert len(same) == 12 and all(after[path] == before[path] for path in same)
+    rows = rows_of(tmp_path / "generated")
+    assert [row["file_name"] for row in rows if row.get("support_image") == "more.png"] == [
+        f"{names[0]}/{i:05d}.png" for i in (6, 7, 8)
+    ]
+    assert sum(row["label"] == new for row in rows) == 6
+    out, _ = launch(*make)
+    assert "0 made now" in out and files_below(tmp_path / "generated") == after
+    shutil.rmtree(tmp_path / "support" / new)  # taken away: not generated without a word
+    _, err = launch(*make, code=2)
+    assert f"{new} is left out" in err and f"removed from {new}: first.png" in err
+    out, _ = launch(*invert)
+    assert f"{new} was inverted before" in out
+    (tmp_path / "support" / names[0] / "more.png").unlink()
+    _, err = launch(*invert, code=2)
+    assert f"1 photo removed from {names[0]}: more.png" in err and "delete" not in err
+
+
+def test_a_diffusion_model_is_known_by_its_weights_and_precision(run_dir, tmp_path):
+    shutil.copytree("assets/mini-sd", tmp_path / "model")
+    invert = ("tint_invert.py", "--support_dir", run_dir / "support", "--output_dir", tmp_path / "inversion",
+              "--pretrained_model_name_or_path", tmp_path / "model", "--max_train_steps", 0, "--num_inference_steps", 1,
+              "--null_text_steps", 0)  # fmt: skip
+    launch(*invert)
+    _, err = launch(*invert, "--mixed_precision", "bf16", code=2)
+    assert "mixed_precision: no then, bf16 now" in err and "weights" not in err
+    weights = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({k: v / 2 for k, v in load_file(weights).items()}, weights, {"format": "pt"})
+    _, err = launch(*invert, code=2)
+    assert "model_weights changed" in err
+    _, err = launch(
+        "tint_generate.py", "--inversion_dir", tmp_path / "inversion", "--output_dir", tmp_path / "out", code=2
+    )
+    assert f"The weights of {tmp_path / 'model'} are not those" in err and not (tmp_path / "out").exists()
+
+
+def test_classes_of_a_batch_stay_together_when_killed_between_them(run_dir, tmp_path, monkeypatch):
+    """The second would else be inverted alone, and differ in its last bits."""
+    options = ("--support_dir", run_dir / "support", "--class_batch_size", 2, "--null_text_batch_size", 3, *INVERT)
+    launch("tint_invert.py", *options, "--output_dir", tmp_path / "undisturbed")
+    write, written = tint_invert.write_inversion, []
+
+    def killed(folder, *args):
+        if written:
+            raise KeyboardInterrupt
+        written.append(folder)
+        write(folder, *args)
+
+    monkeypatch.setattr(tint_invert, "write_inversion", killed)
+    with pytest.raises(KeyboardInterrupt):
+        tint_invert.main(tint_invert.parse_args([*map(str, options), "--output_dir", str(tmp_path / "killed")]))
+    assert [path.parent for path in (tmp_path / "killed").glob("*/inversion.json")] == written
+    launch("tint_invert.py", *options, "--output_dir", tmp_path / "killed")
+    assert files_below(tmp_path / "killed") == files_below(tmp_path / "undisturbed")
 
 
 def test_other_images_are_not_taken_for_the_same_work(run_dir, tmp_path):

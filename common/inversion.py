@@ -1,0 +1,196 @@
+"""What tint_invert.py writes of a class: inversion.json, its learned word, its images' latents and null-text."""
+
+import argparse
+from pathlib import Path
+from statistics import mean
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from common.cli import UserError, note, require_folder
+from common.images import save_grid
+from common.records import (
+    differences,
+    digest,
+    fingerprint_tensors,
+    keep_apart,
+    read_json,
+    remove_folder,
+    save_tensors,
+    write_json,
+)
+
+RECORD, CLASSES = "inversion.json", "classes.json"  # of a class that is done; of those that are being inverted
+EMBEDS = "learned_embeds.safetensors"
+TENSORS = ("latents", "null_offsets", "image_latents")  # of each image
+NEEDED = {"pretrained_model_name_or_path", "revision", "variant", "model_weights", "num_inference_steps",
+          "guidance_scale", "prompt", "plain_prompt", "resolution", "support_images"}  # fmt: skip
+BAD_DB, GOOD_DB = 20.0, 25.0  # PSNR of a picture that is no longer of the same thing, and of one that surely is
+FACTS = {"settings": dict, "class": str, "support_dir": str, "placeholder_token": str, "initializer_token": str,
+         "images": list, "image_size": int, "original_size": int, "textual_inversion_loss": list,
+         "null_text_steps": list, "reconstruction_psnr_db": dict}  # fmt: skip
+
+
+def read_inversion(folder):
+    """The facts in inversion.json of a class's folder.
+
+    Raises:
+        UserError: the file is damaged, or of another class: a class is its folder's name, whatever the file says.
+    """
+    path = Path(folder) / RECORD
+    facts = read_json(path)
+    try:
+        wrong = [name for name, kind in FACTS.items() if not isinstance(facts[name], kind)]
+        wrong += sorted(NEEDED - facts["settings"].keys())
+        quality, curve = facts["reconstruction_psnr_db"], facts["textual_inversion_loss"]
+        counts = {len(values) for values in (facts["images"], quality["vae"], quality["null_text"])}
+        if wrong or counts != {len(set(map(str, facts["images"])))} or not isinstance(curve[-1][0], int):
+            raise ValueError(", ".join(wrong) or "images, or what is said of them")
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}): move it away and invert again.") from error
+    if facts["class"] != path.parent.name:
+        raise UserError(f"{path} is of the class {facts['class']!r}: its folder should have that name.")
+    return facts
+
+
+def open_inversion(folder, file):
+    """The facts of one class's inversion, with {file}.safetensors opened as `null_text`, and `fingerprints` of its word
+    and of what there is of each image."""
+    facts, path = read_inversion(folder), folder / f"{file}.safetensors"
+    if file == "null_text_plain" and not path.is_file():
+        raise UserError(f"{path} is missing: --method null_text needs tint_invert.py --plain_prompt.")
+    try:
+        words = load_file(folder / EMBEDS)
+        facts["null_text"] = tensors = safe_open(path, "pt")
+        supports = {image: [(k, tensors.get_slice(k)[i]) for k in TENSORS] for i, image in enumerate(facts["images"])}
+        if list(words) != [facts["placeholder_token"]]:
+            raise ValueError(f"its word is not {facts['placeholder_token']}")
+        if tensors.get_slice("null_offsets").get_shape()[1] != facts["settings"]["num_inference_steps"]:
+            raise ValueError("its null-text is of other steps")
+    except Exception as error:  # safetensors raises its own kinds
+        raise UserError(f"{folder} is no inversion ({error}): move it away and invert again.") from error
+    facts["fingerprints"] = {f"{folder.name}/{image}": fingerprint_tensors(parts) for image, parts in supports.items()}
+    facts["fingerprints"][folder.name] = fingerprint_tensors(words.items())
+    return facts
+
+
+def open_inversions(args):
+    """{class name: facts of its inversion, with its null-text file opened}, from the folders of tint_invert.py. A class
+    whose folder of supports was taken away since is left out.
+
+    Raises:
+        UserError: no inversions, unfinished or foreign files, or classes inverted with different settings.
+    """
+    root = require_folder(args.inversion_dir, "It should hold what tint_invert.py writes.")
+    records = sorted(root.glob(f"*/{RECORD}"))
+    if not records:
+        raise UserError(f"{root} holds no <class>/{RECORD}: run tint_invert.py --output_dir {root} first.")
+    file = "null_text_plain" if args.method == "null_text" else "null_text"
+    folders = {record.parent.name: open_inversion(record.parent, file) for record in records}
+    supports = {name: Path(args.support_dir or facts["support_dir"]) for name, facts in folders.items()}
+    for folder in set(supports.values()):
+        keep_apart(argparse.Namespace(output_dir=args.output_dir, support_dir=str(folder)))
+    if any((folder / name).is_dir() for name, folder in supports.items()):  # else all have moved
+        for name in [name for name, folder in supports.items() if folder.is_dir() and not (folder / name).is_dir()]:
+            note(f"{name} is left out: {supports[name] / name}, from which it was inverted, is gone.")
+            del folders[name]
+    first, *others = (facts["settings"] | {"support_images": None} for facts in folders.values())
+    if different := [text for settings in others for text in differences(first, settings)]:
+        raise UserError(f"The classes of {root} were inverted with different settings ({different[0]}): do it alike.")
+    return folders
+
+
+def write_inversion(folder, facts, vectors, tensors, pictures, known=None):
+    """Writes what was found of a class, or adds it to what is `known` of other images of the class.
+
+    Args:
+        vectors: those of its word [num_vectors, D]. tensors: {file: {"latents": z_T [S, C, h, w], "null_offsets":
+            [S, T, L, D], "image_latents": z_0 [S, C, h, w]}}. pictures: rows of images.
+    """
+    picture = f"reconstruction_from_{len(known['images'])}.png" if known else "reconstruction.png"
+    quality = facts["reconstruction_psnr_db"]
+    titles = [f"{kind.replace('_', '-')} {mean(values):.1f} dB" for kind, values in quality.items()]
+    save_grid(pictures, folder / picture, [facts["class"], *titles], facts["images"])
+    if known:
+        facts |= {k: known[k] + facts[k] for k in ("images", "null_text_steps")}
+        facts |= {k: min(known[k], facts[k]) for k in ("image_size", "original_size")}
+        facts |= {k: known[k] for k in ("initializer_token", "textual_inversion_loss")}
+        facts["added"] = facts["images"][len(known["images"]) - len(known.get("added", [])) :]
+        facts["reconstruction_psnr_db"] = {k: known["reconstruction_psnr_db"][k] + x for k, x in quality.items()}
+    save_tensors(folder / EMBEDS, {facts["placeholder_token"]: vectors})
+    for file, parts in tensors.items():
+        path = folder / f"{file}.safetensors"
+        if known:
+            before = load_file(path, device=str(vectors.device))
+            parts = {k: torch.cat([before[k][: len(known["images"])], x]) for k, x in parts.items()}
+        save_tensors(path, parts)
+    write_json(folder / RECORD, facts)  # last: it marks the class as done
+
+
+def name_of(path, class_name, args):
+    """What an image is called in the record of its class: its path below the class's folder."""
+    return path.relative_to(Path(args.support_dir) / class_name).as_posix()
+
+
+def partial_folder(names, settings, args):
+    """Where an interrupted inversion of these classes, with these settings, keeps what it has done."""
+    key = digest({name: settings[name] for name in names}, args.null_text_batch_size)
+    return Path(args.output_dir) / f".partial-{key}"
+
+
+def begin(names, settings, args):
+    """The folder in which an inversion of these classes keeps what it has done, until it is done."""
+    folder = partial_folder(names, settings, args)
+    write_json(folder / CLASSES, names)
+    return folder
+
+
+def batches(root, mine, new, settings, args):
+    """The `new` ones of this process's classes in groups that are inverted together. A group whose inversion was
+    interrupted stays as it was, and is that process's whose its first class is: in other company the last bits would
+    differ."""
+    begun = [read_json(path) for path in sorted(root.glob(f".partial-*/{CLASSES}"))]
+    begun = [g for g in begun if set(g) <= settings.keys() and (partial_folder(g, settings, args) / CLASSES).is_file()]
+    begun = [group for group in begun if not all((root / name / RECORD).is_file() for name in group)]
+    yield from (group for group in begun if group[0] in mine)
+    rest = [name for name in new if not any(name in group for group in begun)]
+    yield from (rest[i : i + args.class_batch_size] for i in range(0, len(rest), args.class_batch_size))
+
+
+def tidy(root):
+    """Removes what interrupted inversions, with other settings, have left of classes that are inverted now."""
+    for path in root.glob(f".partial-*/{CLASSES}"):
+        if all((root / name / RECORD).is_file() for name in read_json(path)):
+            remove_folder(path.parent)
+
+
+def describe(root, classes, args):
+    """Lines that say what became of the classes: how each word was learned, and which images come back badly."""
+    records = {name: read_inversion(root / name) for name in classes}
+    for name, facts in records.items():
+        psnr, start = facts["reconstruction_psnr_db"], facts["initializer_token"]
+        words = name.replace("-", " ").replace("_", " ").split()
+        unknown = [] if args.initializer_token else [word for word in words if word not in start.split()]
+        steps = facts["textual_inversion_loss"][-1][0]
+        yield (
+            f'{name}: {facts["placeholder_token"]} starts from "{start}"'
+            + (f" (not in the tokenizer: {', '.join(unknown)})" if unknown else "")
+            + (f", converged at step {steps}" if steps < args.max_train_steps else f", {steps} steps")
+            + f"; images come back at {mean(psnr['null_text']):.1f} dB, by the VAE alone at {mean(psnr['vae']):.1f}; "
+            f"see {root / name / 'reconstruction.png'}"
+        )
+        for image, value, vae in sorted(zip(facts["images"], psnr["null_text"], psnr["vae"]), key=lambda row: row[1]):
+            if value < max(BAD_DB, min(vae - 3, GOOD_DB)):
+                yield f"  {image} comes out badly: {value:.1f} dB, by the VAE alone {vae:.1f}"
+    vae = [x for facts in records.values() for x in facts["reconstruction_psnr_db"]["vae"]]
+    side, bad = min(facts["original_size"] for facts in records.values()), sum(x < BAD_DB for x in vae)
+    if side >= 4 * args.resolution or bad > len(vae) / 2:
+        yield (
+            f"{args.pretrained_model_name_or_path} draws {args.resolution} x {args.resolution} pixels, these images "
+            f"have {side} and more, and its VAE gives {bad} of {len(vae)} back badly. A model draws what it has "
+            "learned: for other images, name one that knows such with --pretrained_model_name_or_path."
+        )
+    for path in root.glob(f"*/{RECORD}"):
+        if path.parent.name not in classes:
+            yield f"{path.parent.name} was inverted before, and is not in {args.support_dir}: {path.parent} stays."
