@@ -94,7 +94,7 @@ def load_student(args, classes):
     student = load_model(args.student, pretrained, size, checkpoint)
     student.reset_classifier(len(classes))
     student = saved_and_loaded(student, classes)
-    require_true(student, classes)
+    require_same(student, saved_and_loaded(student, classes))
     return student, pretrained or bool(checkpoint)
 
 
@@ -120,23 +120,20 @@ def is_ours(model):
     return type(model).__module__ == architectures.__name__
 
 
-def write_model(model, folder, classes):
-    save_tensors(Path(folder) / "model.safetensors", model.state_dict())
+def write_config(model, folder, classes):
     # What timm's own transform would cut away at the border, this project's models have learned from.
     data_config = {"input_size": (3, *input_size(model)), "crop_pct": 1.0, "interpolation": "bicubic"}
     with whole_file(Path(folder) / "config.json") as temporary:
         save_config_for_hf(model, temporary, {"label_names": list(classes)}, data_config=data_config)
-    if is_ours(model):
-        with whole_file(Path(folder) / "architectures.py") as temporary:
-            shutil.copyfile(architectures.__file__, temporary)
 
 
 def saved_and_loaded(model, classes):
-    """The model as it comes out of its file for somebody who has timm alone."""
+    """The model as it would come out of its file for somebody who has timm alone; the weights are not written."""
     try:
         with TemporaryDirectory() as folder:
-            write_model(model, folder, classes)
-            return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+            write_config(model, folder, classes)
+            weights = {"source": None, "state_dict": model.state_dict()}
+            loaded = timm.create_model(f"local-dir:{folder}", pretrained=True, pretrained_cfg_overlay=weights).eval()
     except OSError:  # a full disk, which is not the student's fault
         raise
     except Exception as error:  # of timm's builders and filters, any kind
@@ -144,18 +141,19 @@ def saved_and_loaded(model, classes):
             f"{model.pretrained_cfg['architecture']} at {input_size(model)[0]} pixels cannot be saved so that timm can "
             f"load it ({error}): choose another student or --student_image_size."
         ) from error
+    loaded.pretrained_cfg.pop("state_dict")
+    return loaded
 
 
 @torch.no_grad()
-def require_true(model, classes):
-    """Raises a UserError where the model, in eval mode, and what comes out of its file answer differently."""
-    other = saved_and_loaded(model, classes)
+def require_same(model, loaded):
+    """Raises a UserError where a model, in eval mode, and what came out of its file answer differently."""
     x = torch.randn(2, 3, *input_size(model), generator=torch.Generator().manual_seed(0))
     try:
-        ours, theirs = model(x), other(x)
+        ours, theirs = model(x), loaded(x)
         torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-3 * ours.abs().max().item(), equal_nan=True)
-        if input_size(other) != input_size(model):
-            raise ValueError(f"its input would be of {input_size(other)} pixels")
+        if input_size(loaded) != input_size(model):
+            raise ValueError(f"its input would be of {input_size(loaded)} pixels")
     except Exception as error:  # also of a network that cannot compute at its size
         raise UserError(
             f"{model.pretrained_cfg['architecture']} at {input_size(model)[0]} pixels cannot be used, or not be saved "
@@ -169,10 +167,14 @@ def save_model(model, folder, classes):
     Args:
         model: in eval mode, on the CPU. classes: the class names in the order of its outputs.
     Raises:
-        UserError: it would come out of the file with other answers; nothing is written.
+        UserError: what comes out of the files gives other answers.
     """
-    require_true(model, classes)
-    write_model(model, folder, classes)
+    save_tensors(Path(folder) / "model.safetensors", model.state_dict())
+    write_config(model, folder, classes)
+    if is_ours(model):
+        with whole_file(Path(folder) / "architectures.py") as temporary:
+            shutil.copyfile(architectures.__file__, temporary)
+    require_same(model, timm.create_model(f"local-dir:{folder}", pretrained=True).eval())
 
 
 def weights_of(name_or_path, checkpoint=None):
