@@ -96,7 +96,7 @@ def find_photos(args, root):
 
     facts = {name: fingerprint(paths) for name, paths in photos.items()}
     record = root / "stages.json"
-    if not record.is_file() or read_json(record)["photos"] != facts:
+    if not record.is_file() or read_json(record).get("photos") != facts:
         if record.is_file():
             put_aside(root)
         elif taken := [str(root / name) for name in MADE if (root / name).exists()]:

@@ -199,7 +199,7 @@ def test_chromium_shows_every_page_at_every_width_without_complaint(tmp_path):
         command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
                    "--enable-logging=stderr", "--allow-file-access-from-files",
                    f"--user-data-dir={tmp_path / 'profile'}", *options]  # fmt: skip
-        result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert not re.findall(r".*CONSOLE.*", result.stderr)
         return result.stdout
 
