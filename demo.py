@@ -24,7 +24,7 @@ from pathlib import Path
 from common.cli import HelpFormatter, UserError, natural_int, run
 from common.images import list_images
 from common.processes import generator, stopwatch
-from common.records import fingerprint, read_json, whole_folder, write_json
+from common.records import fingerprint, keep_apart, read_json, whole_folder, write_json
 from common.report import better, points, with_interval
 from common.statistics import trials_to_tell
 
@@ -82,11 +82,7 @@ def find_photos(args, root):
     Raises:
         UserError: folders that hold no photos, or a photo in both.
     """
-    for folder in filter(None, (args.support_dir, args.query_dir)):
-        if root.resolve().is_relative_to(Path(folder).resolve()) or Path(folder).resolve().is_relative_to(
-            root.resolve()
-        ):
-            raise UserError(f"--output_dir {root} and {folder} lie in each other: keep them apart.")
+    keep_apart(args)
     photos = list_images(args.support_dir) if args.support_dir else {}
     queries = list_images(args.query_dir) if args.query_dir else {}
     known = {path.read_bytes(): path for paths in photos.values() for path in paths} if queries else {}
