@@ -111,7 +111,8 @@ def write_inversion(folder, facts, vectors, tensors, pictures, known=None):
     picture = f"reconstruction_from_{len(known['images'])}.png" if known else "reconstruction.png"
     quality = facts["reconstruction_psnr_db"]
     titles = [f"{kind.replace('_', '-')} {mean(values):.1f} dB" for kind, values in quality.items()]
-    save_grid(pictures, folder / picture, [facts["class"], *titles], facts["images"])
+    names = [Path(name).stem for name in facts["images"]]  # of little room, the ends of names say most
+    save_grid(pictures, folder / picture, [facts["class"], *titles], names)
     if known:
         facts |= {k: known[k] + facts[k] for k in ("images", "null_text_steps")}
         facts |= {k: min(known[k], facts[k]) for k in ("image_size", "original_size")}
