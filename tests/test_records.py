@@ -108,7 +108,7 @@ def test_files_have_the_rights_that_the_umask_gives(tmp_path):
     finally:
         os.umask(before)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(files) == 4 and {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o640}
+    assert len(files) == 5 and {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o640}
     assert load_file(tmp_path / "a.safetensors")["a"].equal(torch.arange(6.0).view(2, 3).T)
 
 
