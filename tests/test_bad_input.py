@@ -330,6 +330,16 @@ def test_other_errors_keep_their_traceback():
         run(lambda args: torch.empty(1 << 50), lambda: None)
 
 
+@pytest.mark.parametrize(
+    "record", ["[]", "1", "{", '{"kind": "benchmark"}', '{"kind": "benchmark", "methods": {"a": 1}}']
+)
+def test_a_damaged_pilot_is_named(record, tmp_path):
+    (tmp_path / "pilot.json").write_text(record)
+    options = ["--plan", "--pilot", tmp_path / "pilot.json", "--half_width", 0.1, "--output_dir", tmp_path / "out"]
+    with pytest.raises(UserError, match=r"pilot\.json"):
+        evaluate.main(evaluate.parse_args([*map(str, options)]))
+
+
 def test_weights_that_cannot_be_written(run_dir, tmp_path):
     """100 kB a file, where the student has 500."""
     command = [sys.executable, "distill.py", "--support_dir", run_dir / "support", "--supports_only",

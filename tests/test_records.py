@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from common import models
+from common.cli import UserError
 from common.records import (
     TEMPORARY,
+    blaming,
     remove_folder,
     save_tensors,
     sweep,
@@ -120,3 +122,11 @@ def test_an_episode_is_written_once_and_an_interrupted_one_completed(tmp_path):
     launch(*command)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == expected
     launch(*command, "--episode", 1, code=2)
+
+
+def test_what_fails_inside_is_laid_to_the_file_and_a_message_stays_as_it_is(tmp_path):
+    with pytest.raises(UserError, match=r"x\.json is damaged, or no file of this project \(KeyError: 'mean'\)"):
+        with blaming(tmp_path / "x.json"):
+            {}["mean"]
+    with pytest.raises(UserError, match=r"^give another$"), blaming(tmp_path / "x.json"):
+        raise UserError("give another")
