@@ -24,6 +24,7 @@ from common.inversion import EMBEDS, open_inversions
 from common.models import PrototypeClassifier, features, held_out_accuracy, input_size, load_model
 from common.processes import generator, peak_memory, share_out, start
 from common.records import (
+    blaming,
     check_settings,
     digest,
     read_json_lines,
@@ -326,7 +327,8 @@ def main(args):
 
     schedule = diffusion.make_schedule(pipe.scheduler, inverted["num_inference_steps"])
     for name in folders:
-        pipe.load_textual_inversion(str(Path(args.inversion_dir) / name / EMBEDS))
+        with blaming(Path(args.inversion_dir) / name / EMBEDS):
+            pipe.load_textual_inversion(str(Path(args.inversion_dir) / name / EMBEDS))
     with torch.no_grad():
         empty = diffusion.encode_prompts(pipe, [""]).cpu()
         texts = [

@@ -22,7 +22,7 @@ from common.checkpoint import load_checkpoint, save_checkpoint
 from common.cli import UserError, argument_parser, natural_int, non_negative, positive, positive_int, run, share
 from common.images import list_images, open_image, psnr
 from common.inversion import RECORD, batches, begin, describe, name_of, read_inversion, tidy, write_inversion
-from common.processes import generator, start
+from common.processes import generator, share_out, start
 from common.records import changed_files, check_settings, fingerprints, remove_folder, save_tensors, settings_of
 from common.upscaling import load_support, load_upscaler
 from common.words import add_new_words, require_distinct_words
@@ -380,10 +380,10 @@ def main(args):
     shared = settings_of(args, *HOW)
     shared |= {"model_weights": pipe.fingerprint, "mixed_precision": accelerator.mixed_precision}
     settings = {n: shared | {"support_images": fingerprints(paths, args.support_dir)} for n, paths in classes.items()}
-    mine = list(classes)[accelerator.process_index :: accelerator.num_processes]
-    done = [name for name in mine if check_settings(root / name / RECORD, settings[name], ("support_images",))]
-    new = [name for name in mine if name not in done]
-    for names in batches(root, mine, new, settings, args):
+    done = [name for name in classes if check_settings(root / name / RECORD, settings[name], ("support_images",))]
+    new = [name for name in classes if name not in done]
+    groups, done = (share_out(work, accelerator) for work in (batches(root, new, settings, args), done))
+    for names in groups:
         invert_classes(names, classes, None, settings, pipe, schedule, upscaler, args, accelerator)
     for name in done:
         known = read_inversion(root / name)
@@ -391,11 +391,11 @@ def main(args):
         if added:
             print("; ".join(changed_files(known["settings"]["support_images"], settings[name]["support_images"])))
             invert_classes([name], {name: added}, known, settings, pipe, schedule, upscaler, args, accelerator)
-    new = accelerator.gather(torch.tensor([len(new)], device=accelerator.device)).sum().item()
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         tidy(root)
         print(*describe(root, classes, args), sep="\n")
-        print(f"{len(classes)} classes in {root}, of which {new} new")
+        print(f"{len(classes)} classes in {root}, of which {len(new)} new")
     accelerator.end_training()
 
 

@@ -147,16 +147,14 @@ def begin(names, settings, args):
     return folder
 
 
-def batches(root, mine, new, settings, args):
-    """The `new` ones of this process's classes in groups that are inverted together. A group whose inversion was
-    interrupted stays as it was, and is that process's whose its first class is: in other company the last bits would
-    differ."""
+def batches(root, new, settings, args):
+    """The `new` classes in groups that are inverted together. A group whose inversion was interrupted stays as it was:
+    in other company the last bits would differ."""
     begun = [read_json(path) for path in sorted(root.glob(f".partial-*/{CLASSES}"))]
     begun = [g for g in begun if set(g) <= settings.keys() and (partial_folder(g, settings, args) / CLASSES).is_file()]
     begun = [group for group in begun if not all((root / name / RECORD).is_file() for name in group)]
-    yield from (group for group in begun if group[0] in mine)
     rest = [name for name in new if not any(name in group for group in begun)]
-    yield from (rest[i : i + args.class_batch_size] for i in range(0, len(rest), args.class_batch_size))
+    return begun + [rest[i : i + args.class_batch_size] for i in range(0, len(rest), args.class_batch_size)]
 
 
 def tidy(root):
