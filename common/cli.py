@@ -16,6 +16,10 @@ MAKES = {  # what the scripts read by default, and the command that writes it
     "outputs/demo/student": "python distill.py",
 }
 
+FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
+PATHS = (  # what is wrong with a path that cannot be read or written
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP,
+)  # fmt: skip
 LARGE = 1 << 40  # what numbers on the command line stay below: seeds and sizes are made of them, of 63 bits
 
 
@@ -33,12 +37,12 @@ def run(main, parse_args):
         main(args)
     except UserError as error:
         sys.exit(fail(str(error), 2))
-    except (PermissionError, NotADirectoryError, FileExistsError, IsADirectoryError) as error:
-        sys.exit(fail(f"{error.filename}: {error.strerror}. Give another folder, or make it one.", 2))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
         name = error.filename or getattr(args, "output_dir", "the output")
+        if error.errno in PATHS:
+            sys.exit(fail(f"{name}: {error.strerror}. Give another folder, or make it one.", 2))
+        if error.errno not in FULL:
+            raise
         sys.exit(fail(f"{name}: {error.strerror}. Free some space and start again: what is finished is kept.", 1))
     except (MemoryError, RuntimeError) as error:
         torchs = any(text in str(error) for text in ("out of memory", "allocate memory", "enough memory"))

@@ -320,6 +320,13 @@ def test_too_little_memory_and_ctrl_c_get_a_message(error, code, message, capsys
     assert stop.value.code == code and message in capsys.readouterr().err
 
 
+def test_paths_that_no_file_system_takes_get_a_message(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    for path, message in ((tmp_path / ("x" * 300), "File name too long"), (tmp_path / "loop" / "x", "symbolic links")):
+        err = rejected("evaluate.py", "--plan", "--half_width", 0.1, "--pilot", path)
+        assert message in err or "no such file" in err
+
+
 def test_other_errors_keep_their_traceback():
     def main(args):
         torch.zeros(2).view(3)
