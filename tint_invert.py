@@ -382,7 +382,8 @@ def main(args):
     settings = {n: shared | {"support_images": fingerprints(paths, args.support_dir)} for n, paths in classes.items()}
     done = [name for name in classes if check_settings(root / name / RECORD, settings[name], ("support_images",))]
     new = [name for name in classes if name not in done]
-    groups, done = (share_out(work, accelerator) for work in (batches(root, new, settings, args), done))
+    groups = share_out(batches(root, new, settings, args, accelerator.num_processes), accelerator)
+    done = share_out(done, accelerator)
     for names in groups:
         invert_classes(names, classes, None, settings, pipe, schedule, upscaler, args, accelerator)
     for name in done:

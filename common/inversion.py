@@ -147,14 +147,15 @@ def begin(names, settings, args):
     return folder
 
 
-def batches(root, new, settings, args):
+def batches(root, new, settings, args, num_processes):
     """The `new` classes in groups that are inverted together. A group whose inversion was interrupted stays as it was:
     in other company the last bits would differ."""
     begun = [read_json(path) for path in sorted(root.glob(f".partial-*/{CLASSES}"))]
     begun = [g for g in begun if set(g) <= settings.keys() and (partial_folder(g, settings, args) / CLASSES).is_file()]
     begun = [group for group in begun if not all((root / name / RECORD).is_file() for name in group)]
     rest = [name for name in new if not any(name in group for group in begun)]
-    return begun + [rest[i : i + args.class_batch_size] for i in range(0, len(rest), args.class_batch_size)]
+    size = max(1, min(args.class_batch_size, -(-len(rest) // num_processes)))  # so that each process has some
+    return begun + [rest[i : i + size] for i in range(0, len(rest), size)]
 
 
 def tidy(root):
