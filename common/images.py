@@ -177,12 +177,6 @@ def encode_image(image, image_format="png"):
     return buffer.getvalue()
 
 
-def save_image(image, path):
-    """Writes a tensor [3, H, W] in [0, 1] as a PNG or lossless WebP file, as the name says."""
-    with whole_file(path) as temporary:
-        temporary.write_bytes(encode_image(image, Path(path).suffix[1:]))
-
-
 def shortened(words, font, width):
     """The words, without so much of their middle as it takes to be no wider than `width` pixels."""
     shown, kept = words, len(words)

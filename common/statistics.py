@@ -149,16 +149,6 @@ def difference_moments(a, b):
     return moments(*parts, lowest=-1)
 
 
-def episode_variance(hits, counts):
-    """An unbiased estimate of s2, which may come out negative, from what `accuracy_moments` takes."""
-    return accuracy_moments(hits, counts).s2
-
-
-def variance_of_mean(a, s2, num_episodes, num_queries):
-    """Var(a_hat) of theorem 1: a in [0, 1], s2 in [0, a - a^2]."""
-    return s2 / num_episodes + (a - a**2 - s2) / (num_episodes * num_queries)
-
-
 def smoothed(m):
     """(variance of all scores, v) with one query more, half of which has the lowest score and half the highest: neither
     is 0 where all answers are alike."""

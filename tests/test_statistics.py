@@ -117,12 +117,17 @@ def test_methods_that_never_differ_have_an_interval_around_zero():
     assert result["mean"] == 0 and low == pytest.approx(-high) and 0.001 < high < 0.1
 
 
+def theorem_1(a, s2, num_episodes, num_queries):
+    """Var(a_hat): a in [0, 1], s2 in [0, a - a^2]."""
+    return s2 / num_episodes + (a - a**2 - s2) / (num_episodes * num_queries)
+
+
 def test_theorem_1_and_the_unbiased_variance_by_monte_carlo():
     a, deviation, episodes, queries = 0.85, 0.08, 6, 20
     hits = draw_hits(np.random.default_rng(2), a, deviation, episodes, queries, 100_000)
     means = hits.mean(1) / queries
-    assert means.var() == pytest.approx(statistics.variance_of_mean(a, deviation**2, episodes, queries), rel=0.02)
-    estimates = [statistics.episode_variance(row, [queries] * episodes) for row in hits[:5000]]
+    assert means.var() == pytest.approx(theorem_1(a, deviation**2, episodes, queries), rel=0.02)
+    estimates = [statistics.accuracy_moments(row, [queries] * episodes).s2 for row in hits[:5000]]
     error = np.std(estimates) / len(estimates) ** 0.5
     assert np.mean(estimates) == pytest.approx(deviation**2, abs=4 * error) and error < 0.1 * deviation**2
     shares = statistics.benchmark_accuracy(hits[0], [queries] * episodes)
@@ -173,7 +178,7 @@ def test_the_plan_is_the_cheapest_of_all():
         found = planning.plan(known(a, s2), episode, query, half_width=half_width, max_queries=600)
         best = found["plan"]
         assert best["half_width"] <= half_width * (1 + 1e-6)
-        variance = statistics.variance_of_mean(a, s2, episodes, queries)
+        variance = theorem_1(a, s2, episodes, queries)
         trials = a * (1 - a) / variance / student_t.ppf(0.975, episodes - 1) ** 2
         low, high = statistics.wilson_interval(a * trials, trials, 1)
         costs = np.where(high - low <= 2 * half_width, episodes * (episode + queries * query), np.inf)
