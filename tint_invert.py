@@ -14,14 +14,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers.optimization import SchedulerType, get_scheduler
-from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
 from common import diffusion
 from common.checkpoint import load_checkpoint, save_checkpoint
 from common.cli import UserError, argument_parser, natural_int, non_negative, positive, positive_int, run, share
 from common.images import list_images, open_image, psnr
-from common.inversion import RECORD, batches, begin, describe, name_of, read_inversion, tidy, write_inversion
+from common.inversion import RECORD, batches, begin, describe, load, name_of, read_inversion, tidy, write_inversion
 from common.processes import generator, share_out, start
 from common.records import changed_files, check_settings, fingerprints, remove_folder, save_tensors, settings_of
 from common.upscaling import load_support, load_upscaler
@@ -270,7 +269,7 @@ def invert_images(counts, latents, texts, pipe, schedule, args, accelerator, par
     for k, (z0, c) in enumerate(zip(torch.cat(latents).split(size), prompt_embeds.split(size))):
         done = partial / f"images-{k}.safetensors"
         if done.is_file():
-            result = load_file(done, device=str(z0.device))
+            result = load(done, z0.device)
             progress.update(len(z0) * len(schedule.timesteps))
         else:
             trajectory = ddim_inversion(pipe.unet, schedule, z0, c, args.fixed_point_steps)
@@ -301,7 +300,7 @@ def invert_classes(names, paths, known, settings, pipe, schedule, upscaler, args
     latents = [torch.cat([diffusion.encode_images(pipe.vae, x[None]) for x in batch]) for batch in images]
     words, first_id, vectors, initializers = add_new_words(pipe, names, args)
     if known:
-        learned, curves = load_file(root / names[0] / "learned_embeds.safetensors"), [[]]
+        learned, curves = load(root / names[0] / "learned_embeds.safetensors", device), [[]]
         vectors = torch.stack([learned[word] for word in words]).to(device)
     else:
         vectors, curves = textual_inversion(pipe, names, words, latents, first_id, vectors, args, accelerator, partial)

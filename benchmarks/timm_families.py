@@ -69,12 +69,12 @@ def try_family(name, size, folder):
     with torch.inference_mode():
         expected = stranger(models.normalize(stranger, images))
     export.main(export.parse_args([
-        "--model", str(folder / name), "--output_dir", str(folder / name / "export"), "--precision", *PRECISIONS,
+        "--model", str(folder / name), "--output_dir", str(folder / f"{name}-export"), "--precision", *PRECISIONS,
         "--support_dir", str(folder / "support"), "--query_dir", str(folder / "query"), "--runtime", "onnxruntime",
     ]))  # fmt: skip
     found = {"parameters": sum(p.numel() for p in stranger.parameters()), "input_size": models.input_size(stranger)}
     for precision in PRECISIONS:
-        file = open_exported(folder / name / "export" / f"student_{precision}.onnx", torch.device("cpu"))
+        file = open_exported(folder / f"{name}-export" / f"student_{precision}.onnx", torch.device("cpu"))
         largest = max((file(images[:count]) - expected[:count]).abs().max().item() for count in BATCH_SIZES)
         found[precision] = largest / expected.std().clamp_min(1e-6).item()
     return found

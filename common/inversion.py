@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from common.cli import UserError, note, require_folder
 from common.images import save_grid
 from common.records import (
+    blaming,
     differences,
     digest,
     fingerprint_tensors,
@@ -30,6 +31,12 @@ BAD_DB, GOOD_DB = 20.0, 25.0  # PSNR of a picture that is no longer of the same 
 FACTS = {"settings": dict, "class": str, "support_dir": str, "placeholder_token": str, "initializer_token": str,
          "images": list, "image_size": int, "original_size": int, "textual_inversion_loss": list,
          "null_text_steps": list, "reconstruction_psnr_db": dict}  # fmt: skip
+
+
+def load(path, device):
+    """The tensors of a safetensors file of this or an interrupted run, or a UserError that names it."""
+    with blaming(path):
+        return load_file(path, device=str(device))
 
 
 def read_inversion(folder):
@@ -61,7 +68,7 @@ def open_inversion(folder, file):
     if file == "null_text_plain" and not path.is_file():
         raise UserError(f"{path} is missing: --method null_text needs tint_invert.py --plain_prompt.")
     try:
-        words = load_file(folder / EMBEDS)
+        words = load(folder / EMBEDS, "cpu")
         facts["null_text"] = tensors = safe_open(path, "pt")
         supports = {image: [(k, tensors.get_slice(k)[i]) for k in TENSORS] for i, image in enumerate(facts["images"])}
         if list(words) != [facts["placeholder_token"]]:
@@ -123,7 +130,7 @@ def write_inversion(folder, facts, vectors, tensors, pictures, known=None):
     for file, parts in tensors.items():
         path = folder / f"{file}.safetensors"
         if known:
-            before = load_file(path, device=str(vectors.device))
+            before = load(path, vectors.device)
             parts = {k: torch.cat([before[k][: len(known["images"])], x]) for k, x in parts.items()}
         save_tensors(path, parts)
     write_json(folder / RECORD, facts)  # last: it marks the class as done

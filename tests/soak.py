@@ -40,7 +40,8 @@ SCRIPTS = {
                 "--num_images_per_class=2 --invert='--max_train_steps=2 --num_inference_steps=2'",
     "export": "export.py --model {}/student --output_dir out --data_dir {}/generated --precision fp32 fp16 int8",
 }  # fmt: skip
-TIMED = {"seconds.json", "results.json", "report.html", "benchmark.json", "benchmark.md"}  # hold times or dates
+TIMED = {"seconds.json", "results.json", "report.html", "benchmark.json", "benchmark.md"}  # hold times or dates,
+TIMED |= {"README.md"}  # or the path of their folder
 
 
 class Launch:

@@ -67,9 +67,12 @@ def test_a_file_is_one_writers_from_beginning_to_end(tmp_path):
 
 
 def test_what_a_killed_writer_leaves_is_swept_and_what_a_living_one_writes_is_not(tmp_path):
+    barrier = FORK.Barrier(2)
+
     def die(path):
         with whole_file(path) as temporary, whole_folder(tmp_path / "folder"):
             temporary.write_text("half")
+            barrier.wait(30)  # else the second sweeps what the first has left
             os.kill(os.getpid(), signal.SIGKILL)
 
     assert in_processes(die, tmp_path / "a.json", tmp_path / "b.json") == [-signal.SIGKILL] * 2
