@@ -8,15 +8,14 @@ rate. Choose on classes that no result is reported of: `val` and `unseen_val`.
 Everything finished is kept below --output_dir: more episodes or lengths cost only what is new.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that it runs as a file, too
 
 from assets.training import save_plot
-from benchmarks.students import run_episodes
-from common.cli import HelpFormatter, positive, positive_int, run
+from benchmarks.students import episodes_parser, run_episodes
+from common.cli import positive, positive_int, run
 from common.report import with_interval
 
 STARTS = {"pretrained": "", "random weights": "--distill.student conv4_64"}
@@ -28,10 +27,13 @@ def arms(args):
     found = {}
     for start, weights in STARTS.items():
         rate = args.learning_rate[start != "pretrained"]
+        own = f"--distill.learning_rate {rate} --distill.train_batch_size {args.batch_size} {weights}"
         for source in SOURCES:
             for views in args.num_views:
-                steps = f"--distill.learning_rate {rate} --distill.max_train_steps {-(-views // args.batch_size)}"
-                found[start, source, views] = f"{start[0]}_{source}_{views}={source} {steps} {weights}"
+                steps = -(-views // args.batch_size)
+                found[start, source, views] = (
+                    f"{start[0]}_{source}_{views}={source} {own} --distill.max_train_steps {steps}"
+                )
     return found
 
 
@@ -53,20 +55,11 @@ def main(args):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = episodes_parser(__doc__, "unseen_val", 6, "outputs/schedule")
     add = parser.add_argument
-    add("--split", default="unseen_val", help="the classes to draw from")
-    add("--num_ways", type=positive_int, default=5, help="classes in an episode")
-    add("--num_shots", type=positive_int, default=5, help="support images a class")
-    add("--num_episodes", type=positive_int, default=6, help="episodes")
-    add("--num_real", type=positive_int, default=20, help="images of each class held back from the queries for real")
-    add("--num_images", type=positive_int, default=60, help="generated images a class")
     add("--num_views", type=positive_int, nargs="+", default=[2500, 5000, 15000, 50000], help="lengths of training")
     add("--batch_size", type=positive_int, default=25, help="views a step")
     add("--learning_rate", type=positive, nargs=2, default=[3e-4, 1e-3], help="pretrained, from random weights")
-    add("--distill", default="--num_views 2500 --train_batch_size 25", help="options of distill.py for all")
-    add("--num_processes", type=positive_int, default=2, help="processes, among which the cores are shared out")
-    add("--output_dir", default="outputs/schedule", help="folder to write to")
     return parser.parse_args(argv)
 
 

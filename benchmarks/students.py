@@ -98,25 +98,32 @@ def main(args):
     print(table(run_episodes(args, arms(args))))
 
 
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+def episodes_parser(description, split, num_episodes, output_dir):
+    """A parser with the options that `run_episodes` reads, of which these are defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("--split", default="unseen", help="the classes to draw from: val, novel, unseen_val or unseen")
-    add("--methods", nargs="+", choices=METHODS, default=[*METHODS], help="what students are distilled on; with tint")
+    add("--split", default=split, help="the classes to draw from: val, novel, unseen_val or unseen")
     add("--num_ways", type=positive_int, default=5, help="classes in an episode")
     add("--num_shots", type=positive_int, default=5, help="support images a class")
-    add("--num_episodes", type=positive_int, default=30, help="episodes")
+    add("--num_episodes", type=positive_int, default=num_episodes, help="episodes")
     add("--num_real", type=positive_int, default=20, help="images of each class held back from the queries for real")
     add("--num_images", type=positive_int, default=60, help="generated or unlabelled images a class")
+    add("--distill", default="--num_views 2500 --train_batch_size 25", help="options of distill.py for all")
+    add("--num_processes", type=positive_int, default=2, help="processes, among which the cores are shared out")
+    add("--output_dir", default=output_dir, help="folder to write to")
+    return parser
+
+
+def parse_args(argv=None):
+    parser = episodes_parser(__doc__, "unseen", 30, "outputs/students")
+    add = parser.add_argument
+    add("--methods", nargs="+", choices=METHODS, default=[*METHODS], help="what students are distilled on; with tint")
     add("--max_train_steps", type=positive_int, nargs=2, default=[100, 600], help="pretrained, from random weights")
     add(
         "--learning_rate",
         default="3e-4",
         help="of pretrained students, but for strong supports, 3e-4; 1e-3 from random weights",
     )
-    add("--distill", default="--num_views 2500 --train_batch_size 25", help="options of distill.py for all")
-    add("--num_processes", type=positive_int, default=2, help="processes, among which the cores are shared out")
-    add("--output_dir", default="outputs/students", help="folder to write to")
     return parser.parse_args(argv)
 
 

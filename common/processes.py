@@ -17,9 +17,7 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from common.cli import UserError
 from common.records import keep_apart, read_json, write_json
 
-PATIENCE = timedelta(
-    days=30
-)  # of a process that has done its share: it waits for the others, however long theirs takes
+PATIENCE = timedelta(days=30)  # of a process that has done its share: it waits for the others, however long they take
 
 
 def start(args):

@@ -1,5 +1,6 @@
 """What all runtimes have in common: how images become inputs and answers logits, and what export.py asks of each."""
 
+import importlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from common.cli import UserError
 from common.models import normalize, resize
 
 
@@ -52,16 +54,25 @@ class Runtime:
     and deviation count, and `classes`, or calls `describe`.
 
     Attributes:
+        module, title: what to import of an optional package, and its name in a message; None where there is none.
         suffix: of the names of the files that it opens; None where it takes a model.
         max_batch_size: the most images that `run` takes; exactly so many where `fixed`.
         includes_preprocessing: whether it takes uint8 images and gives probabilities.
     """
 
-    suffix, max_batch_size, fixed, includes_preprocessing = None, 256, False, False
+    module, title, suffix = None, None, None
+    max_batch_size, fixed, includes_preprocessing = 256, False, False
 
     @classmethod
     def require(cls):
         """Raises a UserError, which says what to install, where the runtime cannot be imported."""
+        if cls.module is None:
+            return
+        try:
+            importlib.import_module(cls.module)
+        except ImportError as error:
+            package = cls.module.partition(".")[0]
+            raise UserError(f"{cls.title} cannot be imported ({error}): pip install {package}.") from error
 
     @classmethod
     def build(cls, student):

@@ -59,14 +59,7 @@ class ExecuTorch(Runtime):
         UserError: ExecuTorch is not installed, the file is no program, or it lacks its facts.
     """
 
-    suffix = ".pte"
-
-    @classmethod
-    def require(cls):
-        try:
-            import executorch.runtime  # noqa: F401
-        except ImportError as error:
-            raise UserError(f"ExecuTorch cannot be imported ({error}): pip install executorch.") from error
+    module, title, suffix = "executorch.runtime", "ExecuTorch", ".pte"
 
     @classmethod
     @torch.no_grad()

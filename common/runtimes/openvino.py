@@ -4,7 +4,6 @@ from pathlib import Path
 
 import torch
 
-from common.cli import UserError
 from common.runtimes.base import Runtime
 from common.runtimes.onnxruntime import metadata_of
 
@@ -12,12 +11,7 @@ from common.runtimes.onnxruntime import metadata_of
 class OpenVino(Runtime):
     """An ONNX file, on the CPU, in the precision that it has."""
 
-    @classmethod
-    def require(cls):
-        try:
-            import openvino  # noqa: F401
-        except ImportError as error:
-            raise UserError(f"OpenVINO cannot be imported ({error}): pip install openvino.") from error
+    module, title = "openvino", "OpenVINO"
 
     @classmethod
     def sources(cls, student, device):
