@@ -19,6 +19,7 @@ from common.checkpoint import load_checkpoint, save_checkpoint
 from common.datasets import load_dataset
 from common.icons_fs import load_class, load_drawings, load_ink, load_splits
 from common.images import as_tensor
+from common.plots import write_beside
 from common.processes import seeded
 from common.records import settings_of
 from common.teachers import augmentation
@@ -111,13 +112,12 @@ class Checkpoint:
 @matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "tint", "font.size": 12})
 def save_plot(path, x_title, y_title, lines, logarithmic=False):
     """An SVG picture of lines {name: [(x, y)]}, always the same for the same lines; logarithmic in x if wished."""
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel=x_title, ylabel=y_title)
+    figure, labels = Figure(figsize=(8, 4), layout="constrained"), []
+    axes = figure.add_subplot(xlabel=x_title, ylabel=y_title, xscale="log" if logarithmic else "linear")
     for name, line in lines.items():
         (drawn,) = axes.plot(*zip(*line))
-        axes.annotate(f" {name}", line[-1], va="center", color=drawn.get_color(), annotation_clip=False)
-    if logarithmic:
-        axes.set_xscale("log")
+        labels.append((*line[-1], name, drawn.get_color()))
+    write_beside(axes, labels)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, metadata={"Date": None})
 

@@ -45,6 +45,7 @@ def write_beside(axes, labels):
     Args:
         labels: (x, y, name, colour).
     """
+    axes.autoscale_view()  # else done at drawing, after the places are read
     place = axes.transScale + axes.transLimits  # to shares of the axes' width and height
     labels = [(place.transform((x, y))[1], x, y, textwrap.fill(name, 20), colour) for x, y, name, colour in labels]
     labels.sort(key=lambda label: label[0])
