@@ -140,10 +140,8 @@ def run_stages(stages, record):
         stages: {stage: words after `python`}. record: file of what is done.
     """
     facts = read_json(record)
-    environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ  # threads that spin are slow on a busy machine
     before, facts["stages"] = facts["stages"], {}
-    if not sys.stderr.isatty():
-        environment["TQDM_MININTERVAL"] = "5"  # a log needs no smooth bar
+    environment = {} if sys.stderr.isatty() else {"TQDM_MININTERVAL": "5"}  # a log needs no smooth bar
     for stage, words in stages.items():
         command = shlex.join(["python", *words])
         if before.get(stage, {}).get("command") != command:
@@ -151,7 +149,7 @@ def run_stages(stages, record):
             print(f"--- {command}", flush=True)
             clock = record.with_name(f".seconds-{stage}.json")  # of all its starts
             with stopwatch(clock):
-                code = subprocess.run([sys.executable, *words], cwd=HERE, env=environment).returncode
+                code = subprocess.run([sys.executable, *words], cwd=HERE, env=os.environ | environment).returncode
             if code:
                 sys.exit(code)  # the script has said why
             before[stage] = {"command": command, "seconds": round(read_json(clock), 1)}

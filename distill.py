@@ -9,6 +9,8 @@ long schedules as in "consistent teaching", Beyer et al., 2106.05237) and, if wi
 It may be killed at any moment: started again, it goes on from its last checkpoint and ends with the same weights.
 """
 
+import common.passive  # noqa: F401  (before torch is loaded)
+
 import copy
 import itertools
 import math

@@ -25,6 +25,8 @@ that begins with a pilot and stops when its intervals are narrow enough (Stein, 
         --num_episodes 10 --half_width 0.005 --output_dir outputs/difference
 """
 
+import common.passive  # noqa: F401  (before torch is loaded)
+
 from pathlib import Path
 
 import torch

@@ -7,6 +7,8 @@ paper): alpha 0 gives the image back, alpha 1 a free sample of the class.
     accelerate launch tint_generate.py --inversion_dir outputs/demo/inversion --num_images_per_class 100
 """
 
+import common.passive  # noqa: F401  (before torch is loaded)
+
 import argparse
 from collections import Counter
 from contextlib import suppress

@@ -7,6 +7,8 @@ word, gives the image back. Together they are TINT (Landolsi and Kahl, 2406.0314
     accelerate launch tint_invert.py --support_dir outputs/demo/support --output_dir outputs/demo/inversion
 """
 
+import common.passive  # noqa: F401  (before torch is loaded)
+
 import argparse
 from contextlib import contextmanager
 from pathlib import Path

@@ -1,0 +1,11 @@
+"""What scripts share. Importing any of it leaves out the three lines that torch and diffusers print, where torchao is
+installed, of how the one uses the other."""
+
+import logging
+
+TORCHAO = {
+    "torch.utils._pytree": "Calling register_constant() on Enum subclasses",
+    "diffusers.quantizers.torchao.torchao_quantizer": "Unable to import `torchao` Tensor objects",
+}
+for logger, line in TORCHAO.items():
+    logging.getLogger(logger).addFilter(lambda record, line=line: line not in record.getMessage())

@@ -209,10 +209,15 @@ def provenance(args, options):
     packages = ("torch", "torchvision", "timm", "diffusers", "transformers", "accelerate", "onnxruntime")
     versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else platform.machine()
+    launcher, processes = ["python"], os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        launcher = ["accelerate", "launch", "--num_processes", processes]
+    elif "ACCELERATE_MIXED_PRECISION" in os.environ:
+        launcher = ["accelerate", "launch"]
     return {
         "settings": {name: value for name, value in settings_of(args).items() if name in options},
         "versions": versions | {"device": str(device)},
-        "command": shlex.join(["accelerate", "launch", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([*launcher, *sys.argv]),
     }
 
 
