@@ -22,9 +22,9 @@ import sys
 from pathlib import Path
 
 from common.cli import HelpFormatter, UserError, natural_int, run
-from common.images import list_images
+from common.images import list_images, require_unseen
 from common.processes import generator, stopwatch
-from common.records import fingerprint, keep_apart, read_json, whole_folder, write_json
+from common.records import blaming, fingerprint, keep_apart, read_json, whole_folder, write_json
 from common.report import better, points, with_interval
 from common.statistics import trials_to_tell
 
@@ -85,19 +85,20 @@ def find_photos(args, root):
     keep_apart(args)
     photos = list_images(args.support_dir) if args.support_dir else {}
     queries = list_images(args.query_dir) if args.query_dir else {}
-    known = {path.read_bytes(): path for paths in photos.values() for path in paths} if queries else {}
-    for path in (path for paths in queries.values() for path in paths):
-        if twin := known.get(path.read_bytes()):
-            raise UserError(f"{path} is the same photo as {twin}: what was trained on cannot test. Remove one.")
-
-    facts = {name: fingerprint(paths) for name, paths in photos.items()}
+    require_unseen(*([path for group in x.values() for path in group] for x in (queries, photos)))
+    facts, tests = ({name: fingerprint(paths) for name, paths in x.items()} for x in (photos, queries))
     record = root / "stages.json"
-    if not record.is_file() or read_json(record).get("photos") != facts:
-        if record.is_file():
+    known = read_json(record, dict) if record.is_file() else {}
+    if known.get("photos") != facts:
+        if known:
             put_aside(root)
         elif taken := [str(root / name) for name in MADE if (root / name).exists()]:
             raise UserError(f"{', '.join(taken)} is there already, and not of this program: give another --output_dir.")
-        write_json(record, {"photos": facts, "stages": {}})
+        known = {"photos": facts, "tests": tests, "stages": {}}
+    with blaming(record):
+        if known.get("tests") != tests:
+            known["stages"].pop("evaluate", None)  # and with it go all that follow
+    write_json(record, known | {"tests": tests})
     if not photos:
         return root / "support", root / "query"
     if not queries and min(map(len, photos.values())) >= ENOUGH:
@@ -140,7 +141,9 @@ def run_stages(stages, record):
         stages: {stage: words after `python`}. record: file of what is done.
     """
     facts = read_json(record)
-    before, facts["stages"] = facts["stages"], {}
+    with blaming(record):
+        before = {k: dict(done, seconds=float(done["seconds"])) for k, done in facts["stages"].items()}
+    facts["stages"] = {}
     environment = {} if sys.stderr.isatty() else {"TQDM_MININTERVAL": "5"}  # a log needs no smooth bar
     for stage, words in stages.items():
         command = shlex.join(["python", *words])
@@ -226,7 +229,8 @@ def main(args):
     if args.support_dir and query and not args.query_dir:
         print(f"a quarter of each class is held out for the test: the students learn from {support}")
     seconds = run_stages(commands(args, support, query), root / "stages.json")
-    summary = summarise(root, seconds)
+    with blaming(root):
+        summary = summarise(root, seconds)
     write_json(root / "summary.json", summary)
 
     print(f"\ndone in {sum(seconds.values()):.0f} s")

@@ -12,8 +12,8 @@ It may be killed at any moment: started again, it goes on from its last checkpoi
 import common.passive  # noqa: F401  (before torch is loaded)
 
 import copy
-import itertools
 import math
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -39,9 +39,9 @@ from common.cli import (
     run,
     share,
 )
-from common.images import find_images, list_images, load_folder, load_image, open_image
-from common.processes import generator, seeded, start
-from common.records import check_settings, fingerprint, settings_of, whole_file, write_json
+from common.images import find_images, list_images, load_folder, load_image, open_image, require_unseen
+from common.processes import as_main_sees, generator, seeded, start
+from common.records import blaming, check_settings, fingerprint, settings_of, whole_file, write_json
 from common.report import with_interval
 from common.shards import list_samples, open_samples
 from common.statistics import accuracy
@@ -257,8 +257,11 @@ def train(student, teacher, views, args, accelerator, settings):
     if args.ema_decay:
         average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay), use_buffers=True)
         state["average"] = average
-    facts = load_checkpoint(checkpoint, settings, **state)
-    first_step, recent, curve = facts.get("step", 0), facts.get("recent", []), facts.get("curve", [])
+    facts = load_checkpoint(checkpoint, settings, accelerator, **state)
+    with blaming(checkpoint):  # which may be of a version with facts of another form
+        first_step = int(facts.get("step", 0))
+        recent = [[float(loss), float(same)] for loss, same in facts.get("recent", [])]
+        curve = [[int(step), float(loss), float(same)] for step, loss, same in facts.get("curve", [])]
     accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
     model, prepared = accelerator.prepare(learner, optimizer)
     if accelerator.scaler and facts.get("scaler"):  # of fp16's gradients
@@ -274,7 +277,7 @@ def train(student, teacher, views, args, accelerator, settings):
         for group in prepared.param_groups:
             group["lr"] = learning_rate(step, args)
         means = torch.zeros(2, device=device)  # of the loss, and of agreement with the teacher
-        for number, (x, targets) in itertools.islice(lessons, args.gradient_accumulation_steps):
+        for number, (x, targets) in islice(lessons, args.gradient_accumulation_steps):
             x, targets = x.to(device), targets.to(device)
             if mix:
                 with seeded(generator(args.seed, "mix", number)):
@@ -335,7 +338,7 @@ def write_card(student, classes, paths, facts, args):
         architecture=student.pretrained_cfg["architecture"], ours=models.is_ours(student),
     )  # fmt: skip
     with whole_file(Path(args.output_dir) / "README.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # names may be no UTF-8
 
 
 def main(args):
@@ -345,10 +348,13 @@ def main(args):
     if len(by_class) < 2:
         raise UserError(f"{args.support_dir} holds one class only: there is nothing to tell apart.")
     classes, paths = list(by_class), [path for group in by_class.values() for path in group]
-    if args.query_dir:
-        list_images(args.query_dir, classes)  # a mistake is better known now than after the training
+    if (card := output_dir / "README.md").is_file() and b"library_name: timm" not in card.read_bytes():
+        raise UserError(f"{card} is there, and not of this script: give another --output_dir.")
     train_dir, unlabeled = list_others(args)
     samples = list_samples(train_dir, classes) if train_dir else {}
+    if args.query_dir:  # a mistake is better known now than after the training
+        queries = chain(*list_images(args.query_dir, classes).values())
+        require_unseen(queries, [*paths, *chain(*samples.values()), *unlabeled])
     settings = settings_of(args, *OUTSIDE) | {
         "support_images": {name: fingerprint(group) for name, group in by_class.items()},
         "train_images": {name: fingerprint(group) for name, group in samples.items()},
@@ -357,7 +363,7 @@ def main(args):
         "student_weights": models.weights_of(args.student, args.student_checkpoint),
         "num_processes": accelerator.num_processes,
     }
-    if check_settings(output_dir / "distill.json", settings):
+    if as_main_sees(lambda: check_settings(output_dir / "distill.json", settings), accelerator):
         accelerator.print(f"{output_dir} is already there, with the same settings")
         return
 
@@ -374,7 +380,6 @@ def main(args):
     others = open_others(train_dir, unlabeled, classes, size, args)
     views = Views(supports, others, len(classes), args.support_ratio, augmentation(size, args), args.seed)
     student, curve = train(student, teacher, views, args, accelerator, settings)
-
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         student = student.to("cpu", memory_format=torch.contiguous_format).eval()

@@ -49,7 +49,7 @@ from common.cli import (
     share,
 )
 from common.generated import evaluate_generated
-from common.images import list_images, load_folder, load_image
+from common.images import copies, list_images, load_folder, load_image
 from common.processes import start
 from common.records import provenance, write_json
 from common.report import data_uri, generated_table, points, with_interval, write_report
@@ -98,7 +98,7 @@ def require(classes, names, owner, data_dir, hint=""):
 
 
 @torch.no_grad()
-def predict(classifier, paths, size, args, accelerator):
+def predict(classifier, num_classes, paths, size, args, accelerator):
     """The predicted output index and its probability for each image, [N] and [N], the same on every process."""
 
     def load(positions):
@@ -109,6 +109,8 @@ def predict(classifier, paths, size, args, accelerator):
     for positions, images in tqdm(loader, desc="evaluating", disable=not accelerator.is_local_main_process):
         with accelerator.autocast():
             logits = classifier(images)
+        if logits.shape[1:] != (num_classes,):
+            raise UserError(f"a model gives {logits.shape[1]} answers and names {num_classes} classes: it is damaged.")
         if not logits.isfinite().all():
             raise UserError("a model answers NaN: it is broken, or needs --mixed_precision no.")
         confidence, prediction = logits.float().softmax(-1).max(-1)
@@ -171,14 +173,13 @@ def evaluate_folder(args, accelerator):
     paths = [path for name in classes for path in by_class[name]]
     labels = torch.tensor([i for i, name in enumerate(classes) for _ in by_class[name]])
     supports = list_images(args.support_dir).values() if args.support_dir else []
-    known = {path.read_bytes() for group in supports for path in group}
-    if copies := sum(path.read_bytes() in known for path in paths) if known else 0:
-        note(f"{copies} of {len(paths)} images of {args.data_dir} are supports, which models know by heart")
+    if known := len(copies(paths, [path for group in supports for path in group])):
+        note(f"{known} of {len(paths)} images of {args.data_dir} are supports, which models know by heart")
 
     methods = {}
     for name, path in named_paths(args.model).items():
         classifier, names, size, kind = load_classifier(path, classes, args, accelerator.device)
-        answers = predict(classifier, paths, size, args, accelerator)
+        answers = predict(classifier, len(names), paths, size, args, accelerator)
         methods[name] = {"classifier": kind} | summarise(*answers, labels, classes, names, paths)
     pairs = [
         {"a": a, "b": b, "mean": mean, "ci95": interval}
@@ -186,7 +187,7 @@ def evaluate_folder(args, accelerator):
         for mean, *interval in [statistics.paired_difference(methods[a]["correct"], methods[b]["correct"])]
     ]
     results = {"kind": "accuracy", "data_dir": str(args.data_dir), "num_images": len(paths), "classes": classes}
-    results["num_supports_among_images"] = copies
+    results["num_supports_among_images"] = known
     return results | {"methods": methods, "paired_differences": pairs} | provenance(args, OPTIONS)
 
 

@@ -17,7 +17,7 @@ from onnxruntime.transformers.onnx_model import OnnxModel
 from timm.utils import reparameterize_model
 
 from common import models
-from common.cli import UserError, argument_parser, positive_int, run
+from common.cli import UserError, argument_parser, note, positive_int, run
 from common.images import as_tensor, load_folder
 from common.preprocessing import CentralSquare, WithPreprocessing
 from common.processes import start
@@ -221,6 +221,11 @@ def write_onnx(model, classes, args, examples):
     return files
 
 
+def written(folder):
+    """{file of a student: time of its writing}"""
+    return {path: path.stat().st_mtime_ns for path in sorted(folder.glob("student*")) if path.is_file()}
+
+
 def build(runtime, student):
     """Lets a runtime write its own file. Returns the UserError of one that cannot: all else is made and measured before
     it is raised."""
@@ -286,6 +291,7 @@ def main(args):
             "--student_image_size."
         ) from error
     output_dir.mkdir(parents=True, exist_ok=True)
+    before = written(output_dir)
     images, queries, labels = read_images(args, model, classes)
     student = Student(model, classes, write_onnx(model, classes, args, images), images, output_dir, device, args)
     unbuilt = {name: error for name in args.runtime if (error := build(RUNTIMES[name], student))}
@@ -330,7 +336,10 @@ def main(args):
             results["latency"] += latency(timed, args.benchmark_batch_sizes, queries.shape[1:], num_threads)
         devices = [cpu]  # the number of threads makes a difference there only
 
-    results["bytes"] = {path.name: path.stat().st_size for path in output_dir.glob("student*") if path.is_file()}
+    made = [path for path, time in written(output_dir).items() if before.get(path) != time]
+    results["bytes"] = {path.name: path.stat().st_size for path in made}
+    for path in before.keys() - made:
+        note(f"{path} is of an earlier export, and stays as it is")
     results["verdict"] = verdict(results["fidelity"])
     results["machine"] = f"{device.type}, {os.cpu_count()} cores"
     results |= provenance(args, vars(args))

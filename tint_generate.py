@@ -23,7 +23,7 @@ from common.cli import UserError, argument_parser, non_negative, note, positive_
 from common.generated import agreement
 from common.images import as_picture, as_tensor, encode_image, load_image, save_grid
 from common.inversion import EMBEDS, open_inversions
-from common.models import PrototypeClassifier, features, held_out_accuracy, input_size, load_model
+from common.models import PrototypeClassifier, features, held_out_accuracy, input_size, load_model, weights_of
 from common.processes import generator, peak_memory, share_out, start
 from common.records import (
     blaming,
@@ -319,10 +319,12 @@ def main(args):
         )
     settings = recorded_settings(args)
     settings |= {"model_weights": pipe.fingerprint, "mixed_precision": accelerator.mixed_precision}
+    settings["teacher_weights"] = None if args.filter_threshold is None else weights_of(args.teacher)
     settings["inversions"] = {k: v for facts in folders.values() for k, v in facts["fingerprints"].items()}
     may_grow = ("inversions",) if args.format == "folder" else ()
-    if not check_settings(output_dir / "generation.json", settings, may_grow) and read_finished(args):
-        raise UserError(f"{output_dir} holds metadata of images, and no generation.json: give another --output_dir.")
+    if not check_settings(output_dir / "generation.json", settings, may_grow):
+        for path in (p for k in (f"*/*.{args.image_format}", "*.jsonl", "grid.png") for p in output_dir.glob(k)):
+            raise UserError(f"{path} is there, and {output_dir} has no generation.json: give another --output_dir.")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         write_json(output_dir / "generation.json", {"settings": settings})
@@ -352,9 +354,8 @@ def main(args):
     plans = plan_images(folders, finished, args)
     rows = [row for plan in plans for row in plan]
     planned = {file_name(row, args) for row in rows}
-    others = {str(p.relative_to(output_dir)) for p in output_dir.glob(f"*/*.{args.image_format}")} - planned
-    if others:
-        raise UserError(f"{output_dir} holds images that this run does not make, as {min(others)}: remove them.")
+    if others := {str(p.relative_to(output_dir)) for p in output_dir.glob(f"*/*.{args.image_format}")} - planned:
+        raise UserError(f"{output_dir} holds images of no use here, as {min(others)}: give another --output_dir.")
     # Chunks are the same in every run, so that an image is always computed in the same company, to the same bits; those
     # of class folders are of one class, so that others can be added.
     groups, size = (plans, args.batch_size) if args.format == "folder" else ([rows], args.shard_size)
@@ -422,7 +423,7 @@ def parse_args(argv=None):
         help="blending factors, taken in turn: 0 copies, 1 is free; uniform: drawn for each image")  # fmt: skip
     add("--null_text_fade", type=non_negative, default=1.0, help="how fast a support's null-text gives way to the "
         "empty prompt, its share being 1 - fade * alpha, at least 0; 0: it never does (the paper)")  # fmt: skip
-    add("--guidance_scale", type=float, nargs="+", help="scale w, or one for each --alpha; default: inversion's")
+    add("--guidance_scale", type=non_negative, nargs="+", help="scale w, or one for each --alpha; default: inversion's")
     add("--guidance_steps", type=positive_int, default=7, help="steps at which the unconditional prediction is made, "
         "spread evenly, its difference from the conditional being kept in between; as many as inversion took, or more: "
         "all (the paper)")  # fmt: skip

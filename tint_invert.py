@@ -23,6 +23,7 @@ from common.checkpoint import load_checkpoint, save_checkpoint
 from common.cli import UserError, argument_parser, natural_int, non_negative, positive, positive_int, run, share
 from common.images import list_images, open_image, psnr
 from common.inversion import RECORD, batches, begin, describe, load, name_of, read_inversion, tidy, write_inversion
+from common.models import weights_of
 from common.processes import generator, share_out, start
 from common.records import changed_files, check_settings, fingerprints, remove_folder, save_tensors, settings_of
 from common.upscaling import load_support, load_upscaler
@@ -350,7 +351,7 @@ def read_templates(args):
         path = Path(args.prompt_templates)
         if not path.is_file():
             raise UserError(f"--prompt_templates {path}: no such file.")
-        lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
+        lines = [line.strip() for line in path.read_text("utf-8", "replace").splitlines() if line.strip()]
         templates[f"--prompt_templates {path}: each line"] = lines
     for option, lines in templates.items():
         if not lines or any(line.count("{}") != 1 for line in lines):
@@ -376,10 +377,10 @@ def main(args):
     schedule = diffusion.make_schedule(pipe.scheduler, args.num_inference_steps)
     if args.min_timestep >= pipe.scheduler.config.num_train_timesteps:
         raise UserError(f"--min_timestep {args.min_timestep}: the model's timesteps end before.")
-
     root = Path(args.output_dir)
     shared = settings_of(args, *HOW)
     shared |= {"model_weights": pipe.fingerprint, "mixed_precision": accelerator.mixed_precision}
+    shared["upscaler_weights"] = weights_of("", args.upscaler)
     settings = {n: shared | {"support_images": fingerprints(paths, args.support_dir)} for n, paths in classes.items()}
     done = [name for name in classes if check_settings(root / name / RECORD, settings[name], ("support_images",))]
     new = [name for name in classes if name not in done]

@@ -14,6 +14,7 @@ import os
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import timm
@@ -31,14 +32,20 @@ from common.runtimes import open_exported
 
 PRECISIONS = {"fp32": 1e-3, "fp16": 0.1, "int8": 1.5, "int8_tensorrt": 1.5}  # and the largest difference expected
 BATCH_SIZES = (1, 2, 33)
+OUTCOMES = {
+    "works": "work in all that they promise",
+    "is refused": "are refused before any work",
+    "diverges": "diverge in training",
+    "fails": "fail",
+}
 FAMILIES = {  # and the side of their images, None where it cannot be chosen
     "convnext_atto": 64, "convnextv2_atto": 64, "deit_tiny_distilled_patch16_224": 64, "deit_tiny_patch16_224": 64,
     "dla46_c": 64, "edgenext_xx_small": 64, "efficientformerv2_s0": 64, "efficientvit_b0": 64, "fastvit_t8": 64,
     "fbnetc_100": 32, "ghostnet_050": 32, "hardcorenas_a": 32, "lcnet_050": 32, "levit_128s": 64, "mambaout_femto": 64,
-    "mixer_s32_224": None, "mnasnet_small": 32, "mobilenetv2_035": 32, "mobilenetv3_small_050": 32,
+    "mixer_s32_224": 64, "mnasnet_small": 32, "mobilenetv2_035": 32, "mobilenetv3_small_050": 32,
     "mobilenetv4_conv_small_035": 32, "mobileone_s0": 64, "mobilevit_xxs": 64, "pit_ti_224": None,
     "poolformer_s12": 64, "pvt_v2_b0": 64, "regnetx_002": 32, "repghostnet_050": 32, "repvgg_a0": 32, "repvit_m0_9": 64,
-    "resmlp_12_224": None, "resnet10t": 32, "starnet_s1": 64, "tf_efficientnet_lite0": 32, "tinynet_e": 32,
+    "resmlp_12_224": 64, "resnet10t": 32, "starnet_s1": 64, "tf_efficientnet_lite0": 32, "tinynet_e": 32,
     "xcit_nano_12_p16_224": 64,
 }  # fmt: skip
 
@@ -57,7 +64,7 @@ def try_family(name, size, folder):
     Returns:
         {"parameters", "input_size", precision: largest difference of all batch sizes}
     Raises:
-        UserError: it is refused.
+        UserError: it is refused, or its training diverges.
     """
     chosen = ["--student_image_size", str(size)] if size else []
     distill.main(distill.parse_args([
@@ -80,32 +87,34 @@ def try_family(name, size, folder):
     return found
 
 
+def outcome(name, size, folder):
+    """What becomes of a family, one of OUTCOMES, and the cells of its row in the table."""
+    try:
+        found = try_family(name, size, folder)
+    except Exception as error:
+        kind = "fails"
+        if isinstance(error, UserError) and not (folder / name).exists():
+            kind = "diverges" if str(error).startswith("the loss is") else "is refused"
+        message = " ".join(f"{kind}: {type(error).__name__}: {error}".split())
+        return kind, ["", str(size or "its own"), message[:300], *[""] * (len(PRECISIONS) - 1)]
+    good = {precision: found[precision] <= largest for precision, largest in PRECISIONS.items()}
+    cells = [f"{found[precision]:.1e}" + " TOO LARGE" * (not ok) for precision, ok in good.items()]
+    sides = "x".join(map(str, found["input_size"]))
+    return "works" if all(good.values()) else "fails", [f"{found['parameters']:,}", sides, *cells]
+
+
 def main(args):
     print(f"| student | parameters | input | {' | '.join(PRECISIONS)} | s |\n|---|---|---|" + "---|" * 5)
-    kept = 0
-    for name, size in FAMILIES.items():
-        if args.only and name not in args.only:
-            continue
+    count = Counter()
+    for name in args.only or FAMILIES:
         before = time.time()
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             prepare(Path(folder))
-            try:
-                found = try_family(name, size, Path(folder))
-                error = ""
-            except UserError as refusal:
-                error = f"refused: {refusal}".replace("\n", " ")
-            except Exception as fault:
-                error = f"FAILS: {type(fault).__name__}: {fault}".replace("\n", " ")
-        seconds = time.time() - before
-        if error:
-            print(f"| {name} | | {size or 'its own'} | {error[:300]} | | | | {seconds:.0f} |", flush=True)
-            continue
-        good = [found[precision] <= largest for precision, largest in PRECISIONS.items()]
-        kept += all(good)
-        cells = [f"{found[precision]:.1e}" + " TOO LARGE" * (not ok) for precision, ok in zip(PRECISIONS, good)]
-        sides = "x".join(map(str, found["input_size"]))
-        print(f"| {name} | {found['parameters']:,} | {sides} | {' | '.join(cells)} | {seconds:.0f} |", flush=True)
-    print(f"\n{kept} work in all that they promise")
+            kind, cells = outcome(name, FAMILIES[name], Path(folder))
+        count[kind] += 1
+        print("| " + " | ".join([name, *cells, f"{time.time() - before:.0f}"]) + " |", flush=True)
+    print("\n" + ", ".join(f"{count[kind]} {meaning}" for kind, meaning in OUTCOMES.items()))
+    sys.exit(count["fails"] > 0)
 
 
 def parse_args(argv=None):

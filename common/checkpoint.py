@@ -1,11 +1,12 @@
 """What a training needs to go on where it was, as one safetensors file: weights, optimizers, and facts as JSON."""
 
 import json
-from pathlib import Path
+from contextlib import suppress
 
 import torch
 from safetensors import safe_open
 
+from common.processes import as_main_sees
 from common.records import blaming, compare_settings, save_tensors
 
 
@@ -25,18 +26,31 @@ def save_checkpoint(path, facts, **stateful):
     save_tensors(path, tensors, {k: json.dumps(v) for k, v in facts.items()})
 
 
-def load_checkpoint(path, settings, **stateful):
+def read_checkpoint(path, settings):
+    """The facts and tensors of a checkpoint, or None where there is none."""
+    with blaming(path), suppress(FileNotFoundError), safe_open(path, "pt") as file:  # opened once: it may be replaced
+        facts = {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
+        compare_settings(path, facts.get("settings", settings), settings)
+        return facts, {k: file.get_tensor(k) for k in file.keys()}
+
+
+def load_checkpoint(path, settings, accelerator=None, **stateful):
     """Restores what `save_checkpoint` saved and returns its facts; does nothing and returns {} where there is none.
 
+    Args:
+        accelerator: where processes go on together: the main one reads for all.
     Raises:
         UserError: the file is damaged, or its fact "settings", where it has it, is not `settings`.
     """
-    if not Path(path).is_file():
+
+    def read():
+        return read_checkpoint(path, settings)
+
+    found = as_main_sees(read, accelerator) if accelerator else read()
+    if found is None:
         return {}
-    with blaming(path), safe_open(path, "pt") as file:  # opened once: another run may write the next one meanwhile
-        facts = {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
-        compare_settings(path, facts.get("settings", settings), settings)
-        tensors = {k: file.get_tensor(k) for k in file.keys()}
+    facts, tensors = found
+    with blaming(path):
         for name, owner in stateful.items():
             state = {k.partition("/")[2]: v for k, v in tensors.items() if k.startswith(f"{name}/")}
             if not isinstance(owner, torch.nn.Module):

@@ -5,6 +5,7 @@ import errno
 import math
 import os
 import sys
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -32,6 +33,8 @@ def run(main, parse_args):
     path that cannot be written to; exit code 1 for a full disk or quota, a file larger than may be, or too little
     memory, and 130 for Ctrl-C."""
     args = None
+    with suppress(AttributeError):  # of a stream that a test has put there
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no UTF-8
     try:
         args = parse_args()
         main(args)

@@ -196,7 +196,7 @@ def load_miniimagenet(folder, split):
 def read_table(path):
     """The (file name, label) of each line of a CSV file."""
     try:
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             table = csv.DictReader(file)
             if not {"filename", "label"} <= set(table.fieldnames or ()):
                 raise ValueError(f"it has {table.fieldnames}")

@@ -42,8 +42,8 @@ def load_stable_diffusion(name_or_path, device, mixed_precision="no", revision=N
     """A frozen `StableDiffusionPipeline` with a DDIM scheduler, from a folder or the hub, from safetensors only.
 
     The UNet gets the working precision. The text encoder and the VAE stay in float32: they cost little, the learned
-    vectors need it, and reconstruction is judged on what the VAE returns. `pipe.fingerprint` tells the weights,
-    whatever the precision, since a path or a name says nothing of what lies there.
+    vectors need it, and reconstruction is judged on what the VAE returns. `pipe.fingerprint` tells the weights
+    and the noise, whatever the precision, since a path or a name says nothing of what lies there.
 
     Raises:
         UserError: no such folder, or not a Stable Diffusion 1.x or 2.x model.
@@ -76,8 +76,10 @@ def load_stable_diffusion(name_or_path, device, mixed_precision="no", revision=N
         )
     if pipe.scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
         raise UserError(f"{name_or_path} predicts {pipe.scheduler.config.prediction_type}: not supported.")
-    modules = pipe.unet, pipe.vae, pipe.text_encoder
-    pipe.fingerprint = fingerprint_tensors(item for module in modules for item in module.state_dict().items())
+    modules, config = (pipe.unet, pipe.vae, pipe.text_encoder), pipe.scheduler.config
+    tensors = [item for module in modules for item in module.state_dict().items()]
+    meaning = f"{config.prediction_type}/{config.timestep_spacing}/{pipe.vae.config.scaling_factor}"
+    pipe.fingerprint = fingerprint_tensors([*tensors, (meaning, pipe.scheduler.alphas_cumprod)])
     for module in modules:
         module.requires_grad_(False).eval().to(device)
     pipe.unet.to(WEIGHT_DTYPE[mixed_precision])

@@ -421,7 +421,10 @@ def evaluate_episodes(args, stages, accelerator, rank=0, processes=1):
         print(f"process {rank} has done its share; the one that finishes last writes {output_dir}/results.json")
         return None
     look = {name: results["dataset"][name] for name in ("num_episodes", "num_queries")}
-    looks = read_json(output_dir / "results.json").get("looks", []) if (output_dir / "results.json").is_file() else []
+    before, looks = output_dir / "results.json", []
+    if before.is_file():
+        with blaming(before):
+            looks = list(read_json(before, dict).get("looks", []))
     return results | {"looks": looks if looks[-1:] == [look] else [*looks, look]}
 
 
@@ -452,15 +455,17 @@ def run_stages(run, arms, dataset, args, rank):
     if rank == 0 and not check_settings(path, pilot):
         write_json(path, {"settings": pilot, "stages": [pilot], "narrow": None})
     while True:
-        decided = until(lambda: path.is_file() and read_json(path))
-        stages = decided["stages"]
-        now = run(stages[-1])
+        decided = until(lambda: path.is_file() and read_json(path, dict))
+        with blaming(path):
+            stages = [{k: stage[k] and int(stage[k]) for k in pilot} for stage in decided["stages"]]
+            last, narrow = stages[-1], decided["narrow"]
+        now = run(last)
         if rank > 0:
-            if decided["narrow"] == wish:
+            if narrow == wish:
                 return None
             until(lambda before=decided: read_json(path) != before)
             continue
-        results = until(partial(collect, arms, dataset, now, stages[-1]["pilot"], wishes))
+        results = until(partial(collect, arms, dataset, now, last["pilot"], wishes))
         more = planning.next_of(results, stages, wishes, args.half_width, most)
         if more is None:
             write_json(path, decided | {"narrow": wish})

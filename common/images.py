@@ -24,6 +24,7 @@ with suppress(ImportError):
 FORMATS = ["AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD", "QOI", "SGI",
            "TGA", "TIFF", "WEBP"]  # fmt: skip
 EXTENSIONS = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
+Image.MAX_IMAGE_PIXELS = 1 << 28  # phones take 200 million; of twice as many Pillow makes an error
 FORMATS = [name for name in FORMATS if name in Image.OPEN]  # AVIF and HEIF, where they are built in or installed
 FONT = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")  # has Greek, Cyrillic, ...
 HINTS = dict.fromkeys((".heic", ".heif", ".hif"), " (to read them: pip install pillow-heif)")
@@ -47,13 +48,28 @@ def list_files(folder):
     return below(Path(folder))
 
 
-def only_images(paths, folder):
-    """Those of the paths that are image files; one line says how many others were left out, and of which kind."""
+def is_overview(path):
+    """Whether a picture shows what these scripts have made, beside the record of that."""
+    records = {"grid": "generation.json", "reconstruction": "inversion.json"}
+    record = records.get(path.stem.partition("_")[0])
+    return record is not None and path.with_name(record).is_file()
+
+
+def only_images(paths, folder, loose=()):
+    """Those of the paths that are image files; one line says how many others were left out, and of which kind.
+
+    Args:
+        loose: paths beside the folders of classes, none of which is taken.
+    """
     images, others = [], Counter()
+    if stray := sum(path.suffix.lower() in EXTENSIONS and not is_overview(path) for path in loose):
+        others["images of no class's folder"] = stray
     for path in paths:
         suffix = path.suffix.lower()
         if not path.is_file():
             others["links to nothing"] += 1
+        elif is_overview(path):
+            others["overviews of these scripts"] += 1
         elif suffix in EXTENSIONS:
             images.append(path)
         else:
@@ -85,11 +101,13 @@ def list_images(folder, classes=None):
             f"missing {sorted(set(classes) - set(found))}, unknown {sorted(set(found) - set(classes))}."
         )
     files = {name: list(list_files(folder / name)) for name in classes or found}
-    kept = set(only_images([path for paths in files.values() for path in paths], folder))
+    loose = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
+    kept = set(only_images([path for paths in files.values() for path in paths], folder, loose))
     images = {name: [path for path in paths if path in kept] for name, paths in files.items()}
     for name, paths in images.items():
         if not paths:
-            raise UserError(f"{folder / name} holds no image ({', '.join(sorted(EXTENSIONS))}): add some or remove it.")
+            kinds = ", ".join(sorted(EXTENSIONS))
+            raise UserError(f"{folder / name} holds no image ({kinds}): add some, or move it away.")
     return images
 
 
@@ -104,6 +122,20 @@ def find_images(folder):
     if not paths:
         raise UserError(f"{folder} holds no image ({', '.join(sorted(EXTENSIONS))}).")
     return paths
+
+
+def copies(paths, originals):
+    """{path: original} of the paths to files whose bytes are those of an original's file."""
+    paths = list(paths)
+    sizes = {path.stat().st_size for path in paths}
+    known = {path.read_bytes(): path for path in originals if path.stat().st_size in sizes}
+    return {path: known[content] for path in paths if (content := path.read_bytes()) in known}
+
+
+def require_unseen(queries, trained_on):
+    """Raises a UserError where a test image is, to the byte, one that is trained on."""
+    for query, twin in copies(queries, trained_on).items():
+        raise UserError(f"{query} is the same image as {twin}: what was trained on cannot test. Move one away.")
 
 
 def open_image(path):
@@ -129,7 +161,7 @@ def open_image(path):
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise all kinds on damaged files
-        raise UserError(f"{path} cannot be read as an image ({error}): replace or remove it.") from error
+        raise UserError(f"{path} cannot be read as an image ({error}): replace it, or move it away.") from error
 
 
 def square(image, size=None):

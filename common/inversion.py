@@ -1,6 +1,7 @@
 """What tint_invert.py writes of a class: inversion.json, its learned word, its images' latents and null-text."""
 
 import argparse
+from contextlib import suppress
 from pathlib import Path
 from statistics import mean
 
@@ -12,8 +13,10 @@ from common.cli import UserError, note, require_folder
 from common.images import save_grid
 from common.records import (
     blaming,
+    changed_files,
     differences,
     digest,
+    fingerprint,
     fingerprint_tensors,
     keep_apart,
     read_json,
@@ -82,6 +85,17 @@ def open_inversion(folder, file):
     return facts
 
 
+def require_supports(record, before, folder):
+    """Raises a UserError where photos of a class have been changed or taken away since they were inverted."""
+    with blaming(record):
+        now = {name: fingerprint([folder / name]) for name in before if (folder / name).is_file()}
+        if changed := "; ".join(changed_files(before, now)):
+            raise UserError(
+                f"{record} is of other photos than {folder} holds now ({changed}): put them back, or invert those that "
+                "are there into another folder."
+            )
+
+
 def open_inversions(args):
     """{class name: facts of its inversion, with its null-text file opened}, from the folders of tint_invert.py. A class
     whose folder of supports was taken away since is left out.
@@ -102,6 +116,9 @@ def open_inversions(args):
         for name in [name for name, folder in supports.items() if folder.is_dir() and not (folder / name).is_dir()]:
             note(f"{name} is left out: {supports[name] / name}, from which it was inverted, is gone.")
             del folders[name]
+    for name, facts in folders.items():
+        if (supports[name] / name).is_dir():
+            require_supports(root / name / RECORD, facts["settings"]["support_images"], supports[name])
     first, *others = (facts["settings"] | {"support_images": None} for facts in folders.values())
     if different := [text for settings in others for text in differences(first, settings)]:
         raise UserError(f"The classes of {root} were inverted with different settings ({different[0]}): do it alike.")
@@ -154,12 +171,25 @@ def begin(names, settings, args):
     return folder
 
 
+def interrupted(root):
+    """{folder: names} of the groups of classes whose inversion was begun and not ended."""
+    groups = {}
+    for path in sorted(root.glob(f".partial-*/{CLASSES}")):
+        with blaming(path), suppress(FileNotFoundError):  # another run may just end it
+            groups[path.parent] = read_json(path, list)
+            "".join(groups[path.parent])
+    return groups
+
+
+def is_done(root, names):
+    return all((root / name / RECORD).is_file() for name in names)
+
+
 def batches(root, new, settings, args, num_processes):
     """The `new` classes in groups that are inverted together. A group whose inversion was interrupted stays as it was:
     in other company the last bits would differ."""
-    begun = [read_json(path) for path in sorted(root.glob(f".partial-*/{CLASSES}"))]
-    begun = [g for g in begun if set(g) <= settings.keys() and (partial_folder(g, settings, args) / CLASSES).is_file()]
-    begun = [group for group in begun if not all((root / name / RECORD).is_file() for name in group)]
+    begun = [g for g in interrupted(root).values() if not is_done(root, g) and set(g) <= settings.keys()]
+    begun = [group for group in begun if (partial_folder(group, settings, args) / CLASSES).is_file()]
     rest = [name for name in new if not any(name in group for group in begun)]
     size = max(1, min(args.class_batch_size, -(-len(rest) // num_processes)))  # so that each process has some
     return begun + [rest[i : i + size] for i in range(0, len(rest), size)]
@@ -167,9 +197,9 @@ def batches(root, new, settings, args, num_processes):
 
 def tidy(root):
     """Removes what interrupted inversions, with other settings, have left of classes that are inverted now."""
-    for path in root.glob(f".partial-*/{CLASSES}"):
-        if all((root / name / RECORD).is_file() for name in read_json(path)):
-            remove_folder(path.parent)
+    for folder, names in interrupted(root).items():
+        if is_done(root, names):
+            remove_folder(folder)
 
 
 def describe(root, classes, args):

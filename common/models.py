@@ -178,9 +178,10 @@ def save_model(model, folder, classes):
 
 
 def weights_of(name_or_path, checkpoint=None):
-    """What tells a model's weights in a record: a fingerprint of their file, None where the name alone says it."""
-    file = Path(checkpoint or Path(name_or_path) / "model.safetensors")
-    return fingerprint([file]) if file.is_file() else None
+    """What tells a model in a record: a fingerprint of its files, None where the name alone says it."""
+    files = [Path(name_or_path) / name for name in ("config.json", "model.safetensors")] + [Path(checkpoint or "")]
+    files = [file for file in files if file.is_file()]
+    return fingerprint(files) if files else None
 
 
 def class_names(name_or_path):
@@ -195,9 +196,11 @@ def class_names(name_or_path):
     try:
         config = json.loads(path.read_text())
         names = config.get("label_names")
-        if names is not None and [str(name) for name in names] != names:
-            raise ValueError("label_names should be a list of words")
-    except (ValueError, TypeError, AttributeError) as error:
+        if names is not None and ([str(name) for name in names] != names or len(set(names)) < len(names)):
+            raise ValueError("label_names should be a list of different words")
+        if names is not None and config.get("num_classes", len(names)) != len(names):
+            raise ValueError(f"it has {len(names)} label_names and {config['num_classes']} classes")
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}): distil the student again, or copy the file anew.") from error
     return names
 

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 
 from common.cli import UserError
-from common.records import keep_apart, read_json, write_json
+from common.records import blaming, keep_apart, read_json, write_json
 
 PATIENCE = timedelta(days=30)  # of a process that has done its share: it waits for the others, however long they take
 
@@ -55,12 +55,25 @@ def start(args):
     return accelerator
 
 
-def share_out(work, accelerator):
-    """This process's share of a list of work, as the main process sees it: the others may see more done already."""
-    work = list(work)
+def as_main_sees(read, accelerator):
+    """What `read()` gives, or the UserError that it raises, in the main process, for all: files may change between one
+    process's look and another's."""
+    found = [None, None]
+    if accelerator.is_main_process:
+        try:
+            found[0] = read()
+        except UserError as error:
+            found[1] = error
     if accelerator.num_processes > 1:
-        work = broadcast_object_list([work])[0]
-    return work[accelerator.process_index :: accelerator.num_processes]
+        broadcast_object_list(found)
+    if found[1]:
+        raise found[1]
+    return found[0]
+
+
+def share_out(work, accelerator):
+    """This process's share of a list of work."""
+    return as_main_sees(lambda: list(work), accelerator)[accelerator.process_index :: accelerator.num_processes]
 
 
 def peak_memory(device):
@@ -91,7 +104,9 @@ def seeded(rng):
 @contextmanager
 def stopwatch(path):
     """Adds the seconds spent inside to those that `path` holds; every second anew, so that a killed run's count too."""
-    before, start, ended = read_json(path) if Path(path).is_file() else 0.0, time.perf_counter(), threading.Event()
+    with blaming(path):
+        before = float(read_json(path)) if Path(path).is_file() else 0.0
+    start, ended = time.perf_counter(), threading.Event()
 
     def keep():
         while not ended.wait(1):

@@ -125,7 +125,7 @@ def blaming(path):
         raise
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise UserError(f"{path} is damaged, or no file of this project ({reason}): move it away.") from error
+        raise UserError(f"{path} is damaged, or of another version or project ({reason}): move it away.") from error
 
 
 def write_json(path, value):
@@ -141,14 +141,18 @@ def write_json_lines(path, rows):
 def read_json_lines(path):
     try:
         return [json.loads(line) for line in Path(path).read_text().splitlines()]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}): move it away and start again.") from error
 
 
-def read_json(path):
+def read_json(path, kind=object):
+    """What a JSON file holds; a UserError where it is no JSON, or not of the kind wanted."""
     try:
-        return json.loads(Path(path).read_text())
-    except ValueError as error:
+        value = json.loads(Path(path).read_text())
+        if not isinstance(value, kind):
+            raise ValueError(f"it should hold a {kind.__name__}")
+        return value
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}): move it away to make it anew.") from error
 
 

@@ -221,4 +221,4 @@ def write_report(path, results):
     ]
     page = TEMPLATES.get_template(f"{results['kind']}.html").render(results, tables=tables, plots=plots)
     with whole_file(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")  # names may be no UTF-8

@@ -64,29 +64,39 @@ def open_samples(folder, size=None, wanted=None):
     """
     folder = Path(folder)
     shards = sorted(folder.glob("*.tar"))
-    for row, source in read_shards(shards) if shards else read_folder(folder):
+    for row, source in read_shards(folder, shards) if shards else read_folder(folder):
         if wanted is None or row["file_name"] in wanted:
             image = open_image(source)
             yield row, square(image, size) if size else image
 
 
+def read_metadata(folder):
+    """{file name: row} of metadata.jsonl, which may be missing, or somebody else's, with rows of any kind."""
+    path = folder / "metadata.jsonl"
+    rows = [row for row in read_json_lines(path) if isinstance(row, dict)] if path.is_file() else []
+    return {row["file_name"]: row for row in rows if isinstance(row.get("file_name"), str)}
+
+
 def read_folder(folder):
-    metadata = folder / "metadata.jsonl"
-    rows = read_json_lines(metadata) if metadata.is_file() else []
-    rows = [row for row in rows if isinstance(row, dict)]  # the file may be somebody else's, with rows of any kind
-    known = {row["file_name"]: row for row in rows if isinstance(row.get("file_name"), str)}
+    known = read_metadata(folder)
     for label, paths in list_images(folder).items():
         for path in paths:
             name = path.relative_to(folder).as_posix()
             yield known.get(name, {}) | {"file_name": name, "label": label}, path  # the folder is the label
 
 
-def read_shards(shards):
-    webdataset = load_webdataset()
+def read_shards(folder, shards):
+    webdataset, missing = load_webdataset(), read_metadata(folder)
+    urls = [str(shard.resolve()) for shard in shards]  # in other paths it finds schemes
     try:
-        for sample in webdataset.WebDataset([str(shard) for shard in shards], shardshuffle=False, nodesplitter=iter):
+        for sample in webdataset.WebDataset(urls, shardshuffle=False, nodesplitter=iter):
             row = json.loads(sample["json"])
             if row["file_name"]:
+                missing.pop(row["file_name"], None)
                 yield row, io.BytesIO(sample[Path(row["file_name"]).suffix[1:]])
     except Exception as error:  # tarfile, webdataset and json each raise their own kinds
-        raise UserError(f"{shards[0].parent} holds a damaged shard ({error}): generate again elsewhere.") from error
+        raise UserError(f"{folder} holds a damaged shard ({error}): generate again elsewhere.") from error
+    if missing:  # of a shard that is not there, or was cut off between two images
+        raise UserError(
+            f"The shards of {folder} lack {len(missing)} images, as {min(missing)}: generate again elsewhere."
+        )

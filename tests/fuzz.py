@@ -16,6 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import onnx
+
 from tests import ROOT, launcher
 from tests.conftest import killed_when, launch, make_run
 
@@ -55,7 +57,7 @@ COMMANDS = {  # options as short as they can be; {} is the sandbox
     "export": "export.py --model {}/student --output_dir {}/out --data_dir {}/generated --precision fp32 int8",
     "go_on_exporting": "export.py --model {}/student --output_dir {}/export --query_dir {}/query --support_dir"
                        " {}/support --teacher {}/student",
-    "demo": "demo.py --output_dir {}/nowhere",
+    "demo": "demo.py --output_dir {}/nowhere --invert=--end",  # whatever else it is given, it ends there
 }  # fmt: skip
 READS = {  # what a command reads, as patterns below the sandbox
     "invert": ["support/*/*"],
@@ -156,6 +158,41 @@ def damaged_json(value, rng):
     return value, f"{where}/{key} = {other!r}"
 
 
+def damaged_facts(facts, rng):
+    """Damages one of the facts {name: JSON} that a file keeps beside its tensors, and says how."""
+    name = rng.choice(sorted(facts))
+    try:
+        value, how = damaged_json(json.loads(facts[name]), rng)
+    except ValueError:  # a plain text
+        value, how = damaged_json(facts[name], rng)
+    facts[name] = json.dumps(value)
+    return f"{name}{how}"
+
+
+def damaged_header(data, rng):
+    """A safetensors file with a header of which one part is gone or another, or one of whose facts is."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    if header.get("__metadata__") and rng.random() < 0.7:
+        how = damaged_facts(header["__metadata__"], rng)
+    else:
+        header, how = damaged_json(header, rng)
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data[end:], how
+
+
+def damaged_onnx(data, rng):
+    """An ONNX file with other metadata."""
+    model = onnx.load_from_string(data)
+    facts = {entry.key: entry.value for entry in model.metadata_props}
+    how = damaged_facts(facts, rng)
+    onnx.helper.set_model_props(model, facts)
+    return model.SerializeToString(), how
+
+
+STRUCTURED = {".safetensors": damaged_header, ".onnx": damaged_onnx}
+
+
 def damage(path, rng, base):
     """Damages a file, and says how."""
     kind = rng.random()
@@ -180,7 +217,7 @@ def damage(path, rng, base):
         lines[turn] = json.dumps(value)
         path.write_text("\n".join(lines) + "\n")
         return how
-    data, how = damaged_bytes(data, rng)
+    data, how = (STRUCTURED[path.suffix] if path.suffix in STRUCTURED and kind < 0.6 else damaged_bytes)(data, rng)
     path.write_bytes(data)
     return how
 

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tarfile
 
 import pytest
 import torch
@@ -19,6 +20,9 @@ import tint_generate
 import tint_invert
 from common import icons_fs
 from common.cli import UserError, run
+from common.inversion import interrupted
+from common.processes import stopwatch
+from common.records import read_json_lines
 from tests.conftest import ROOT, launch
 
 
@@ -220,7 +224,14 @@ def test_damaged_shard(run_dir, tmp_path):
     shards = tmp_path / "shards"
     launch("tint_generate.py", "--inversion_dir", run_dir / "inversion", "--output_dir", shards, *options)
     shard = shards / "000000.tar"
-    shard.write_bytes(shard.read_bytes()[:700])
+    whole = shard.read_bytes()
+    with tarfile.open(shard) as tar:
+        second = sorted(member.offset for member in tar.getmembers())[2]
+    shard.write_bytes(whole[:second])  # where an image ends, which is no damage to tar
+    err = rejected("distill.py", "--support_dir", run_dir / "support", "--train_dir", shards, "--output_dir",
+                   tmp_path / "student", "--max_train_steps", 1)  # fmt: skip
+    assert f"The shards of {shards} lack 1 images, as " in err
+    shard.write_bytes(whole[:700])
     distil = ("distill.py", "--support_dir", run_dir / "support", "--train_dir", shards, "--output_dir",
               tmp_path / "student")  # fmt: skip
     err = rejected(*distil)
@@ -284,6 +295,36 @@ def test_output_folder_that_is_a_file(folder):
     err = rejected("evaluate.py", "--model", "assets/student", "--data_dir", folder / "support",
                    "--support_dir", folder / "support", "--output_dir", folder / "out")  # fmt: skip
     assert "out: " in err
+
+
+def test_files_of_the_user_are_not_written_over(run_dir, folder):
+    """Where an output folder holds what its script would write, and no record that it was this script's."""
+    for name, content in {"README.md": "mine", "cat/00000.png": "mine", "metadata.jsonl": "{}"}.items():
+        path = folder / "mine" / name
+        path.parent.mkdir(parents=True)
+        path.write_text(content)
+        if name == "README.md":
+            command = ("distill.py", "--support_dir", folder / "support", "--supports_only")
+        else:
+            command = ("tint_generate.py", "--inversion_dir", run_dir / "inversion")
+        err = rejected(*command, "--output_dir", folder / "mine")
+        assert f"{path} is there" in err and "give another --output_dir" in err and path.read_text() == content
+        assert [p for p in folder.glob("mine/**/*") if p.is_file()] == [path]
+        shutil.rmtree(folder / "mine")
+
+
+def test_damaged_records_of_all_kinds(tmp_path):
+    """JSON of another form, or nested beyond what Python reads, in what scripts keep for their next start."""
+    path = tmp_path / ".partial-x" / "classes.json"
+    path.parent.mkdir()
+    for content in ("{}", "[1]", '"x"', "[" * 100_000):
+        path.write_text(content)
+        with pytest.raises(UserError, match=r"classes\.json is damaged"):
+            interrupted(tmp_path)
+        with pytest.raises(UserError, match=r"classes\.json is damaged"), stopwatch(path):
+            pass
+        with pytest.raises(UserError, match=r"classes\.json is damaged"):
+            read_json_lines(path) if content.startswith("[[") else demo.run_stages({}, path)
 
 
 def test_damaged_record(run_dir, tmp_path):

@@ -107,6 +107,13 @@ def test_photos_are_held_out_where_there_are_enough_and_are_never_in_both(photos
     first.rename(many / name / "nested" / first.name)
     assert find("--support_dir", few) == (str(few), None)
     assert find("--support_dir", few, "--query_dir", test) == (str(few), str(test))
+    record, done = out / "stages.json", {k: {"command": "x", "seconds": 1.0} for k in ("distill", "evaluate")}
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"stages": done}))
+    find("--support_dir", few, "--query_dir", test)
+    assert list(json.loads(record.read_text())["stages"]) == ["distill", "evaluate"]
+    photos("test", 13, 14)
+    find("--support_dir", few, "--query_dir", test)
+    assert list(json.loads(record.read_text())["stages"]) == ["distill"]
     support, query = find("--support_dir", many)
     before = {path.relative_to(out) for path in query.rglob("*.png")}
     assert len(before) == 4 and len(list(support.rglob("*.png"))) == 14 and (support, query) == (out / "support", query)
@@ -119,7 +126,7 @@ def test_photos_are_held_out_where_there_are_enough_and_are_never_in_both(photos
     assert (out / "student_1").is_dir() and not (out / "student").exists()
 
     shutil.copy(next((many / name).glob("*.png")), test / name / "another name.png")
-    with pytest.raises(UserError, match=r"another name.png is the same photo as .*many"):
+    with pytest.raises(UserError, match=r"another name.png is the same image as .*many"):
         find("--support_dir", many, "--query_dir", test)
     with pytest.raises(UserError, match="student is there already"):
         (tmp_path / "other" / "student").mkdir(parents=True)

@@ -458,6 +458,8 @@ def test_a_student_says_how_good_it_is_on_a_scale(run_dir, tmp_path):
                "--train_batch_size", 4, "--output_dir", tmp_path / "student")  # fmt: skip
     _, error = launch(*command, "--query_dir", run_dir, code=2)
     assert "are not the wanted classes" in error and not (tmp_path / "student").exists()
+    _, error = launch(*command, "--query_dir", run_dir / "support", code=2)
+    assert "what was trained on cannot test" in error and not (tmp_path / "student").exists()
     out, _ = launch(*command, "--query_dir", run_dir / "query")
     record = json.loads((tmp_path / "student" / "distill.json").read_text())
     assert record["loss_of_ignorance"] == pytest.approx(np.log(2)) and 0 <= record["agreement"][-1][1] <= 1
@@ -501,6 +503,13 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_weights(run_dir, unlab
     assert step in (3, 6, 9, 12, 15) and not (killed / "model.safetensors").exists()
     _, error = launch(*command, "--output_dir", killed, "--temperature", 2, code=2)
     assert "temperature: 1.0 then, 2.0 now" in error
+    older = tmp_path / "older" / "checkpoint.safetensors"  # of a version that kept other facts
+    older.parent.mkdir()
+    with safe_open(checkpoint, "pt") as file:
+        facts = file.metadata() | {"recent": "[0.5, 0.25]"}
+        save_file({k: file.get_tensor(k) for k in file.keys()}, older, facts)
+    _, error = launch(*command, "--output_dir", older.parent, code=2)
+    assert f"error: {older} is damaged, or of another version" in error and "move it away" in error
     launch(*command, "--output_dir", killed)
     assert (killed / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
     records = [json.loads((folder / "distill.json").read_text()) for folder in (killed, tmp_path / "whole")]

@@ -12,6 +12,7 @@ from benchmarks.timm_families import PRECISIONS, prepare, try_family
         ("xcit_nano_12_p16_224", 32),  # takes any size, and forgets which
         ("fbnetc_100", 32),  # batch normalisation with a constant of its own
         ("mobileone_s0", 32),  # branches that become one
+        ("mixer_s32_224", 64),  # layers over all positions, built for one size
     ],
 )
 def test_a_student_of_another_kind(name, size, tmp_path):

@@ -154,6 +154,11 @@ def test_folders_links_and_odd_names_are_followed_and_the_rest_is_counted(tmp_pa
     assert len(find_images(photos)) == 6
     error = capfd.readouterr().err
     assert error == f"{photos}: left out 2 .mov, 2 links to nothing, 1 without extension\n"
+    photo(9, 20, 20).save(photos / "loose.png")
+    (photos / "readme.txt").write_text("no image")
+    assert list_images(photos) == found
+    assert "1 images of no class's folder, 2 links to nothing" in capfd.readouterr().err
+    (photos / "loose.png").unlink()
     (photos / "c\nd").mkdir()
     with pytest.raises(UserError, match="a class needs a name that can be printed"):
         list_images(photos)
@@ -171,6 +176,21 @@ def test_a_student_learns_from_linked_and_oddly_named_photos(photos, tmp_path):
                       "--max_train_steps", 1, "--train_batch_size", 4, "--output_dir", tmp_path / "out")  # fmt: skip
     assert json.loads((tmp_path / "out" / "distill.json").read_text())["images"] == [6, 10]
     assert f"{tmp_path / 'more'}: left out 1 .json\n" in error
+    command = ["--model", str(tmp_path / "out"), "--data_dir", str(tmp_path / "test")]
+    for right, wrong in ("one", "two"), ("two", "one"):
+        target = tmp_path / "test" / wrong / os.fsdecode(b"caf\xe9.png")
+        target.parent.mkdir(parents=True)
+        target.write_bytes((photos / right / "0.png").read_bytes())
+    evaluate.main(evaluate.parse_args([*command, "--output_dir", str(tmp_path / "evaluation")]))
+    assert (tmp_path / "evaluation" / "report.html").read_text(encoding="utf-8").count("caf\\udce9.png") == 2
+
+
+def test_what_scripts_draw_to_look_at_is_no_image(run_dir, capfd):
+    note.cache_clear()
+    assert {path.name for path in run_dir.glob("*/grid.png")} and len(find_images(run_dir / "generated")) == 12
+    assert "left out 1 .json, 1 .jsonl, 1 overviews" in capfd.readouterr().err
+    with pytest.raises(UserError, match="holds no image"):
+        list_images(run_dir / "inversion")
 
 
 def test_a_missing_default_input_names_the_command_that_makes_it(tmp_path):

@@ -23,7 +23,7 @@ from common.records import (
     whole_folder,
     write_json,
 )
-from tests.conftest import launch
+from tests.conftest import ROOT, TWO_PROCESSES, launch
 
 FORK = get_context("fork")
 
@@ -117,6 +117,25 @@ def test_files_have_the_rights_that_the_umask_gives(tmp_path):
     assert load_file(tmp_path / "a.safetensors")["a"].equal(torch.arange(6.0).view(2, 3).T)
 
 
+def test_what_the_main_process_sees_counts_for_all(tmp_path):
+    """A file may change between the looks of two processes, or be damaged for one of them."""
+    (tmp_path / "look.py").write_text(
+        "from accelerate import Accelerator\n"
+        "from common.cli import UserError\n"
+        "from common.processes import as_main_sees, share_out\n"
+        "def refuse():\n"
+        "    raise UserError(f'damaged for {us.process_index}')\n"
+        "us = Accelerator(cpu=True)\n"
+        "print('sees', as_main_sees(lambda: us.process_index + 5, us), share_out('abc', us))\n"
+        "try:\n"
+        "    as_main_sees(refuse if us.is_main_process else int, us)\n"
+        "except UserError as error:\n"
+        "    print(error)\n"
+    )
+    out, _ = launch(tmp_path / "look.py", by=["env", f"PYTHONPATH={ROOT}", *TWO_PROCESSES])
+    assert sorted(out.splitlines()) == ["damaged for 0"] * 2 + ["sees 5 ['a', 'c']", "sees 5 ['b']"]
+
+
 def test_an_episode_is_written_once_and_an_interrupted_one_completed(tmp_path):
     command = ("-m", "common.datasets", "--split", "val", "--num_ways", 2, "--num_shots", 2, "--output_dir", tmp_path)
     launch(*command)
@@ -128,7 +147,7 @@ def test_an_episode_is_written_once_and_an_interrupted_one_completed(tmp_path):
 
 
 def test_what_fails_inside_is_laid_to_the_file_and_a_message_stays_as_it_is(tmp_path):
-    with pytest.raises(UserError, match=r"x\.json is damaged, or no file of this project \(KeyError: 'mean'\)"):
+    with pytest.raises(UserError, match=r"x\.json is damaged, or of another version or project \(KeyError: 'mean'\)"):
         with blaming(tmp_path / "x.json"):
             {}["mean"]
     with pytest.raises(UserError, match=r"^give another$"), blaming(tmp_path / "x.json"):

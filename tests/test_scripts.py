@@ -1,6 +1,7 @@
 """The scripts as a user launches them, on a small episode: what they write, and that it does not depend on how."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -236,6 +237,11 @@ def test_the_filter_drops_what_the_teacher_gives_to_another_class(run_dir, tmp_p
     before = files_below(tmp_path / "filtered")
     generate(run_dir, tmp_path / "filtered", *options, "--filter_threshold", 0.3)  # finds nothing to do
     assert files_below(tmp_path / "filtered") == before
+    record = tmp_path / "filtered" / "generation.json"
+    record.write_text(re.sub('("teacher_weights": ")[^"]*', r"\g<1>0123456789abcdef", record.read_text()))
+    _, error = launch("tint_generate.py", "--inversion_dir", run_dir / "inversion", "--output_dir", record.parent,
+                      *options, "--filter_threshold", 0.3, code=2)  # fmt: skip
+    assert "teacher_weights changed" in error
     loaded = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "filtered"), cache_dir=str(tmp_path / "c"))
     assert len(loaded["train"]) == 16 - len(wrong) and None not in loaded["train"]["image"]
 
@@ -411,6 +417,11 @@ def test_adding_is_adding(run_dir, tmp_path):
     assert sum(row["label"] == new for row in rows) == 6
     out, _ = launch(*make)
     assert "0 made now" in out and files_below(tmp_path / "generated") == after
+    photo = tmp_path / "support" / names[0] / "more.png"
+    photo.rename(tmp_path / "more.png")  # of what is gone, or is another, nothing more is made
+    _, err = launch(*make, "--num_images_per_class", 9, code=2)
+    assert f"1 photo removed from {names[0]}: more.png" in err and "inversion.json is of other photos" in err
+    (tmp_path / "more.png").rename(photo)
     shutil.rmtree(tmp_path / "support" / new)  # taken away: not generated without a word
     _, err = launch(*make, code=2)
     assert f"{new} is left out" in err and f"removed from {new}: first.png" in err
@@ -437,6 +448,12 @@ def test_a_diffusion_model_is_known_by_its_weights_and_precision(run_dir, tmp_pa
         "tint_generate.py", "--inversion_dir", tmp_path / "inversion", "--output_dir", tmp_path / "out", code=2
     )
     assert f"The weights of {tmp_path / 'model'} are not those" in err and not (tmp_path / "out").exists()
+    save_file({k: v * 2 for k, v in load_file(weights).items()}, weights, {"format": "pt"})
+    launch(*invert)  # it is the model of before
+    scheduler = tmp_path / "model" / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"prediction_type": "v_prediction"}))
+    _, err = launch(*invert, code=2)
+    assert "model_weights changed" in err
 
 
 def test_classes_of_a_batch_stay_together_when_killed_between_them(run_dir, tmp_path, monkeypatch):
@@ -570,6 +587,9 @@ def test_small_images_can_be_upscaled_by_a_network(run_dir, tiny_sd1, tmp_path):
         launch("tint_invert.py", *options, "--output_dir", output_dir, "--upscaler", upscaler)
     ours, plain = (load_file(d / name / "null_text.safetensors")["latents"] for d in made.values())
     assert (ours - plain).abs().mean() > 0.01
+    save_file({k: v / 2 for k, v in network.state_dict().items()}, upscaler)
+    _, error = launch("tint_invert.py", *options, "--output_dir", output_dir, "--upscaler", upscaler, code=2)
+    assert "upscaler_weights changed" in error
     _, error = launch("tint_invert.py", *options, "--output_dir", tmp_path / "no", "--upscaler", path, code=2)
     assert "is no safetensors checkpoint" in error
 
