@@ -21,7 +21,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common.cli import HelpFormatter, UserError, natural_int, run
+from common.cli import HelpFormatter, UserError, natural_int, run, words_of
 from common.images import list_images, require_unseen
 from common.processes import generator, stopwatch
 from common.records import blaming, fingerprint, keep_apart, read_json, whole_folder, write_json
@@ -130,7 +130,7 @@ def commands(args, support, query):
         if not Path(HERE, args.student).is_dir():  # without weights there is nothing to measure before distillation
             template = template.replace(" student_before=prototypes:{student}", "")
         words = [word.format(**values) for word in [*template.split(), "--seed", str(args.seed)]]
-        found[stage] = words + shlex.split(vars(args).get(stage.partition("_")[0]) or "")
+        found[stage] = words + words_of(vars(args).get(stage.partition("_")[0]) or "")
     return found
 
 

@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
@@ -39,12 +38,11 @@ from common.cli import (
     run,
     share,
 )
-from common.images import find_images, list_images, load_folder, load_image, open_image, require_unseen
+from common.images import find_images, list_images, load_image, open_image, require_unseen, with_labels
 from common.processes import as_main_sees, generator, seeded, start
 from common.records import blaming, check_settings, fingerprint, settings_of, whole_file, write_json
-from common.report import with_interval
+from common.report import TEMPLATES, with_interval
 from common.shards import list_samples, open_samples
-from common.statistics import accuracy
 from common.teachers import SPECIALISATIONS, augmentation, for_views, load_teacher
 
 TRAIN_DIR = "outputs/demo/generated"
@@ -320,19 +318,9 @@ def train(student, teacher, views, args, accelerator, settings):
     return (average.module if args.ema_decay else student), curve
 
 
-def accuracy_on(query_dir, student, classes):
-    """The student's accuracy on a folder of test images: see `common.statistics.accuracy`."""
-    images, labels, *_ = load_folder(query_dir, models.input_size(student)[0], classes)
-    with torch.inference_mode():
-        answers = torch.cat([models.with_head(student)(part) for part in images.split(64)]).argmax(-1)
-    return accuracy(answers == labels)
-
-
 def write_card(student, classes, paths, facts, args):
     """README.md of the student's folder, its manual: what it knows, learned from and is worth, and how to run it."""
-    loader = FileSystemLoader(Path(models.__file__).parent / "templates")
-    templates = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
-    text = templates.get_template("model_card.md").render(
+    text = TEMPLATES.get_template("model_card.md").render(
         facts, args=args, classes=classes, folder=Path(args.output_dir).resolve(), image=str(paths[0].resolve()),
         size=models.input_size(student), parameters=sum(p.numel() for p in student.parameters()),
         architecture=student.pretrained_cfg["architecture"], ours=models.is_ours(student),
@@ -347,7 +335,7 @@ def main(args):
     by_class = list_images(args.support_dir)
     if len(by_class) < 2:
         raise UserError(f"{args.support_dir} holds one class only: there is nothing to tell apart.")
-    classes, paths = list(by_class), [path for group in by_class.values() for path in group]
+    classes, (paths, labels) = list(by_class), with_labels(by_class)
     if (card := output_dir / "README.md").is_file() and b"library_name: timm" not in card.read_bytes():
         raise UserError(f"{card} is there, and not of this script: give another --output_dir.")
     train_dir, unlabeled = list_others(args)
@@ -367,7 +355,6 @@ def main(args):
         accelerator.print(f"{output_dir} is already there, with the same settings")
         return
 
-    labels = torch.tensor([label for label, group in enumerate(by_class.values()) for _ in group])
     teacher = load_teacher(args, map(open_image, paths), labels, accelerator.device)
     student, is_trained = models.load_student(args, classes)
     rehearse(student, len(classes), args)
@@ -388,7 +375,8 @@ def main(args):
         facts |= {"loss": [row[:2] for row in curve], "agreement": [row[::2] for row in curve]}
         facts["loss_of_ignorance"] = loss_of_ignorance(len(classes), args)
         if args.query_dir:
-            facts["accuracy"] = accuracy_on(args.query_dir, student, classes)
+            classifier, size = models.with_head(student), models.input_size(student)[0]
+            facts["accuracy"] = models.accuracy_on(args.query_dir, classifier, size, classes)
         write_card(student, classes, paths, facts, args)
         write_json(output_dir / "distill.json", facts)  # last: it marks the student as done
         (output_dir / "checkpoint.safetensors").unlink(missing_ok=True)

@@ -27,6 +27,7 @@ that begins with a pilot and stops when its intervals are narrow enough (Stein, 
 
 import common.passive  # noqa: F401  (before torch is loaded)
 
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -37,19 +38,9 @@ import distill
 import tint_generate
 import tint_invert
 from common import datasets, episodes, models, planning, statistics
-from common.cli import (
-    UserError,
-    argument_parser,
-    named_paths,
-    non_negative,
-    note,
-    positive,
-    positive_int,
-    run,
-    share,
-)
+from common.cli import UserError, argument_parser, named_paths, non_negative, note, positive, positive_int, run, share
 from common.generated import evaluate_generated
-from common.images import copies, list_images, load_folder, load_image
+from common.images import copies, list_images, load_image, with_labels
 from common.processes import start
 from common.records import provenance, write_json
 from common.report import data_uri, generated_table, points, with_interval, write_report
@@ -86,13 +77,13 @@ def load_classifier(path, classes, args, device):
             f"{path} does not know the classes of {args.data_dir}: give --support_dir, to classify by prototypes."
         )
     model = models.load_model(path, image_size=args.teacher_image_size).to(device)
-    size = models.input_size(model)[0]
-    supports, labels, names, _ = load_folder(args.support_dir, size)
+    classifier, names = models.of_supports(model, args.support_dir)
     require(classes, names, args.support_dir, args.data_dir)
-    return models.PrototypeClassifier(model, supports.to(device), labels), names, size, "prototypes"
+    return classifier, names, models.input_size(model)[0], "prototypes"
 
 
 def require(classes, names, owner, data_dir, hint=""):
+    """A UserError where `owner`, which knows the classes `names`, lacks some of the folder's."""
     if not set(classes) <= set(names):
         raise UserError(f"{owner} lacks classes of {data_dir}: {sorted(set(classes) - set(names))}.{hint}")
 
@@ -121,13 +112,12 @@ def predict(classifier, num_classes, paths, size, args, accelerator):
 
 def calibration(confidences, correct, bins=10):
     """Expected calibration error over equal bins of confidence (Guo et al., 1706.04599, equation 3), and the bins."""
-    edges = torch.linspace(0, 1, bins + 1)
+    edges, rows = torch.linspace(0, 1, bins + 1), []
     which = torch.bucketize(confidences, edges[1:-1])
-    rows = []
-    for b in range(bins):
+    for b, (low, high) in enumerate(pairwise(edges.tolist())):
         inside = which == b
         means = [x[inside].float().mean().item() if inside.any() else None for x in (confidences, correct)]
-        row = {"low": edges[b].item(), "high": edges[b + 1].item(), "count": int(inside.sum())}
+        row = {"low": low, "high": high, "count": int(inside.sum())}
         rows.append(row | dict(zip(("confidence", "accuracy"), means)))
     gaps = [row["count"] * abs(row["confidence"] - row["accuracy"]) for row in rows if row["count"]]
     return sum(gaps) / len(correct), rows
@@ -169,11 +159,9 @@ def evaluate_folder(args, accelerator):
     """Accuracy of each --model on the images of --data_dir, for results.json."""
     args.data_dir = args.data_dir or "outputs/demo/query"
     by_class = list_images(args.data_dir)
-    classes = list(by_class)
-    paths = [path for name in classes for path in by_class[name]]
-    labels = torch.tensor([i for i, name in enumerate(classes) for _ in by_class[name]])
-    supports = list_images(args.support_dir).values() if args.support_dir else []
-    if known := len(copies(paths, [path for group in supports for path in group])):
+    classes, (paths, labels) = list(by_class), with_labels(by_class)
+    supports, _ = with_labels(list_images(args.support_dir)) if args.support_dir else ([], None)
+    if known := len(copies(paths, supports)):
         note(f"{known} of {len(paths)} images of {args.data_dir} are supports, which models know by heart")
 
     methods = {}
@@ -181,14 +169,13 @@ def evaluate_folder(args, accelerator):
         classifier, names, size, kind = load_classifier(path, classes, args, accelerator.device)
         answers = predict(classifier, len(names), paths, size, args, accelerator)
         methods[name] = {"classifier": kind} | summarise(*answers, labels, classes, names, paths)
-    pairs = [
-        {"a": a, "b": b, "mean": mean, "ci95": interval}
-        for a, b in statistics.pairs_of(methods)
-        for mean, *interval in [statistics.paired_difference(methods[a]["correct"], methods[b]["correct"])]
-    ]
+    pairs = []
+    for a, b in statistics.pairs_of(methods):
+        mean, *interval = statistics.paired_difference(methods[a]["correct"], methods[b]["correct"])
+        pairs.append({"a": a, "b": b, "mean": mean, "ci95": interval})
     results = {"kind": "accuracy", "data_dir": str(args.data_dir), "num_images": len(paths), "classes": classes}
-    results["num_supports_among_images"] = known
-    return results | {"methods": methods, "paired_differences": pairs} | provenance(args, OPTIONS)
+    results |= {"num_supports_among_images": known, "methods": methods, "paired_differences": pairs}
+    return results | provenance(args, OPTIONS)
 
 
 def in_words(results):
@@ -216,10 +203,8 @@ def main(args):
     accelerator = start(args)
     if args.dataset:
         results = episodes.evaluate_episodes(args, STAGES, accelerator, *group)
-    elif args.generated_dir:
-        results = evaluate_generated(args, accelerator)
     else:
-        results = evaluate_folder(args, accelerator)
+        results = (evaluate_generated if args.generated_dir else evaluate_folder)(args, accelerator)
     if results and accelerator.is_main_process:
         output_dir = Path(args.output_dir)
         write_json(output_dir / "results.json", results)
@@ -239,40 +224,21 @@ def parse_args(argv=None):
     add("--teacher_image_size", type=positive_int, help="the teacher's input side; default: its own")
     add("--batch_size", type=positive_int, default=64, help="images classified together")
     add = parser.add_argument_group("models on a folder").add_argument
-    add(
-        "--model",
-        nargs="+",
-        default=["outputs/demo/student"],
-        metavar="[NAME=]PATH",
-        help="model folders, timm names or files of export.py to measure on the same images; those that know none of "
-        "the classes classify by prototypes of --support_dir, and so does, whatever it knows, prototypes:PATH",
-    )
+    add("--model", nargs="+", default=["outputs/demo/student"], metavar="[NAME=]PATH", help="model folders, timm names "
+        "or files of export.py; those that know none of the classes, and prototypes:PATH whatever it knows, classify "
+        "by prototypes of --support_dir")  # fmt: skip
     add("--data_dir", help="the images to measure on: one folder per class; default: outputs/demo/query")
     add("--support_dir", help="support images, for models that do not know the classes")
     add = parser.add_argument_group("generated images").add_argument
-    add(
-        "--generated_dir",
-        nargs="+",
-        metavar="[NAME=]DIR",
-        help="what tint_generate.py wrote: measured against --support_dir with --teacher; --data_dir are real images "
-        "of the classes, the yardstick",
-    )
+    add("--generated_dir", nargs="+", metavar="[NAME=]DIR", help="what tint_generate.py wrote, to measure against "
+        "--support_dir with --teacher; real images of the classes, --data_dir, are the yardstick")  # fmt: skip
     add = parser.add_argument_group("methods over episodes").add_argument
-    add("--dataset", help=f"{', '.join(datasets.DATASETS)}, or a folder of class folders with splits.json")
-    add("--dataset_dir", help="where the data set lies; default: data/<name>")
-    add("--split", default="novel", help="the classes to draw from: base, val, novel, or what else the data set has")
-    add("--num_ways", type=positive_int, default=5, help="classes in an episode")
-    add("--num_shots", type=positive_int, default=5, help="support images a class")
+    datasets.add_options(add)
     add("--num_queries", type=number_or_all, default=15, metavar="N|all", help="queries a class; all: all other images")
     add("--num_episodes", type=positive_int, default=10, help="episodes; finished ones are kept")
-    add(
-        "--methods",
-        nargs="+",
-        default=["teacher", "prototypes", "supports", "tint"],
-        metavar="[NAME=]METHOD",
+    add("--methods", nargs="+", default=["teacher", "prototypes", "supports", "tint"], metavar="[NAME=]METHOD",
         help=f"{', '.join(episodes.METHODS)}; in quotes with options of the scripts that it runs, as "
-        '"free=tint --generate.alpha 1"',
-    )
+        '"free=tint --generate.alpha 1"')  # fmt: skip
     add("--pretrained_model_name_or_path", default="assets/mini-sd", help="Stable Diffusion model: folder or hub name")
     add("--teacher", default="assets/teacher", help="timm backbone: model folder, timm name or hf-hub:name")
     add("--student", default="assets/student", help="model folder to start from, or timm name for random weights")
@@ -291,12 +257,8 @@ def parse_args(argv=None):
     add("--episode_variance", type=non_negative, help="variance s2 of the accuracy, or the difference, over episodes")
     add("--episode_seconds", type=non_negative, help="cost of an episode without queries; default: the pilot's")
     add("--query_seconds", type=non_negative, help="cost of a query; default: the pilot's")
-    add(
-        "--half_width",
-        type=positive,
-        help="wanted half-width of the 95%% interval, as 0.01 for one point; with "
-        "--dataset: --num_episodes are a pilot, after which as many are run as that takes",
-    )
+    add("--half_width", type=positive, help="wanted half-width of the 95%% interval, as 0.01 for one point; with "
+        "--dataset: --num_episodes are a pilot, after which as many are run as that takes")  # fmt: skip
     add("--budget_seconds", type=positive, help="time to spend")
     add("--max_queries", type=positive_int, help="queries that an episode can have, of all its classes together")
     return parser.parse_args(argv)

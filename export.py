@@ -235,17 +235,6 @@ def build(runtime, student):
         return error
 
 
-def teacher_accuracy(teacher, args, classes):
-    """Accuracy on the queries of the teacher, specialised on --support_dir by cosine prototypes."""
-    size = models.input_size(teacher)[0]
-    supports, labels, *_ = load_folder(args.support_dir, size, classes)
-    classifier = models.PrototypeClassifier(teacher, supports, labels)
-    queries, labels, *_ = load_folder(args.query_dir, size, classes)
-    with torch.inference_mode():
-        answers = torch.cat([classifier(part) for part in queries.split(64)])
-    return accuracy(answers.argmax(-1) == labels)
-
-
 def refuse(args):
     """Raises a UserError where options contradict each other, or a runtime is not installed."""
     if args.batch_size and args.benchmark and args.benchmark_batch_sizes != [args.batch_size]:
@@ -311,7 +300,9 @@ def main(args):
     if teacher:
         flops["teacher"] = models.count_flops(teacher)
         if labels is not None and args.support_dir:
-            results["accuracy"]["teacher torch"] = teacher_accuracy(teacher, args, classes)
+            specialised, _ = models.of_supports(teacher, args.support_dir, classes)
+            size = models.input_size(teacher)[0]
+            results["accuracy"]["teacher torch"] = models.accuracy_on(args.query_dir, specialised, size, classes)
 
     devices = [cpu] if device.type == "cpu" else [cpu, device]
     for num_threads in args.num_threads or [torch.get_num_threads()]:

@@ -17,14 +17,27 @@ from torch import nn
 class FlatHead(nn.Module):
     """timm's interface to a network that ends in a flattened feature map and one linear layer.
 
-    A subclass gives `blocks`, whose output on [B, 3, img_size, img_size] flattens to `num_features` numbers.
+    Args:
+        blocks: of [B, 3, *img_size] to a map of `channels` and a `stride`-th of the side; to one position without it.
     """
 
-    def __init__(self, blocks, num_features, num_classes):
+    def __init__(self, blocks, channels, num_classes, img_size, stride=None):
         super().__init__()
-        self.blocks = blocks
-        self.num_features = self.head_hidden_size = num_features
+        self.blocks, self.channels, self.stride = blocks, channels, stride
+        self.num_features = self.head_hidden_size = self.width(img_size)
         self.reset_classifier(num_classes)
+
+    def width(self, img_size):
+        height, width = to_2tuple(img_size)
+        return self.channels * ((height // self.stride) * (width // self.stride) if self.stride else 1)
+
+    def set_input_size(self, img_size):
+        """As timm's transformers: takes another input side, or height and width. The head starts anew where its width
+        changes."""
+        if self.width(img_size) != self.num_features:
+            self.num_features = self.head_hidden_size = self.width(img_size)
+            self.reset_classifier(self.num_classes)
+        update_model_input_size(self, img_size)
 
     def get_classifier(self):
         return self.head
@@ -44,28 +57,7 @@ class FlatHead(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-class FlatMap(FlatHead):
-    """A FlatHead whose `blocks` end in a map of `channels` and a sixteenth of the input's side: the head's width
-    depends on it."""
-
-    def __init__(self, blocks, channels, img_size, num_classes):
-        self.channels = channels
-        super().__init__(blocks, self.width(img_size), num_classes)
-
-    def width(self, img_size):
-        height, width = to_2tuple(img_size)
-        return self.channels * (height // 16) * (width // 16)
-
-    def set_input_size(self, img_size):
-        """As timm's transformers: takes another input side, or height and width. The head starts anew where its width
-        changes."""
-        if self.width(img_size) != self.num_features:
-            self.num_features = self.head_hidden_size = self.width(img_size)
-            self.reset_classifier(self.num_classes)
-        update_model_input_size(self, img_size)
-
-
-class Conv4(FlatMap):
+class Conv4(FlatHead):
     """The four-block convolutional network of the few-shot literature (Vinyals et al., 1606.04080, section 4.1).
 
     Each block is a 3x3 convolution with `width` channels, batch normalisation, ReLU and 2x2 max pooling. With 64
@@ -79,7 +71,7 @@ class Conv4(FlatMap):
             nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU(), nn.MaxPool2d(2))
             for i, o in itertools.pairwise(channels)
         ]
-        super().__init__(nn.Sequential(*blocks), width, img_size, num_classes)
+        super().__init__(nn.Sequential(*blocks), width, num_classes, img_size, 16)
 
 
 class InkMap(nn.Module):
@@ -94,7 +86,7 @@ class InkMap(nn.Module):
         return distance / distance.amax((1, 2, 3), keepdim=True).clamp_min(0.1)
 
 
-class InkLite(FlatMap):
+class InkLite(FlatHead):
     """The embedded teacher: the first five of EfficientNet-Lite0's seven stages (Tan and Le, 1905.11946, in the edition
     without squeeze-and-excitation), on the ink map. 0.7 million parameters without the head, which sees
     112 * (img_size / 16)^2 features: 1792 for 64x64 inputs.
@@ -103,7 +95,7 @@ class InkLite(FlatMap):
     def __init__(self, num_classes=1000, in_chans=3, img_size=64):
         whole = timm.create_model("tf_efficientnet_lite0", in_chans=1)
         blocks = nn.Sequential(InkMap(), whole.conv_stem, whole.bn1, *whole.blocks[:5])
-        super().__init__(blocks, 112, img_size, num_classes)
+        super().__init__(blocks, 112, num_classes, img_size, 16)
 
 
 class DropBlock(nn.Module):
@@ -155,27 +147,21 @@ class ResNet12(FlatHead):
     whatever the input's size.
     """
 
-    def __init__(self, num_classes=1000, in_chans=3, drop_rate=0.1):
+    def __init__(self, num_classes=1000, in_chans=3, img_size=84, drop_rate=0.1):
         channels = [in_chans, 64, 160, 320, 640]
         blocks = [
             ResNet12Block(i, o, depth >= 2, drop_rate) for depth, (i, o) in enumerate(itertools.pairwise(channels))
         ]
-        super().__init__(nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1)), 640, num_classes)
+        super().__init__(nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1)), 640, num_classes, img_size)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="leaky_relu")
 
 
 CONFIG = {
-    "mean": (0.5, 0.5, 0.5),
-    "std": (0.5, 0.5, 0.5),
-    "input_size": (3, 32, 32),
-    "interpolation": "bicubic",
-    "crop_pct": 1.0,
-    "num_classes": 1000,
-    "classifier": "head",
-    "first_conv": "blocks.0.0",
-}
+    "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "input_size": (3, 32, 32), "interpolation": "bicubic",
+    "crop_pct": 1.0, "num_classes": 1000, "classifier": "head", "first_conv": "blocks.0.0",
+}  # fmt: skip
 default_cfgs = generate_default_cfgs(
     {
         "conv4_64": CONFIG,

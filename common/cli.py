@@ -2,10 +2,11 @@
 
 import argparse
 import errno
-import math
+import importlib
 import os
+import shlex
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -69,14 +70,34 @@ def note(message):
         print(message, file=sys.stderr)
 
 
-def require_folder(folder, content):
-    """The path of a folder of inputs.
+@contextmanager
+def refusing(message, kinds=Exception):
+    """Turns whatever fails inside into a UserError, whose message names the reason at {error}: libraries raise errors
+    of all `kinds` on what they cannot read. A full disk is no mistake of the user's, and stays what it is."""
+    try:
+        yield
+    except kinds as error:
+        if isinstance(error, UserError) or getattr(error, "errno", None) in FULL:
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(message.replace("{error}", reason)) from error
 
-    Args:
-        content: a sentence that says what it should hold.
-    Raises:
-        UserError: there is none. Where it is a default, the message names the command that makes it.
-    """
+
+def words_of(options):
+    """The words of options in one text, as a shell would give them to a script."""
+    with refusing(f"{options!r} cannot be read as options ({{error}})."):
+        return shlex.split(options)
+
+
+def optional(package, user):
+    """An optional package, or a UserError that says what needs it."""
+    with refusing(f"{user} needs the package {package} (pip install {package}): {{error}}"):
+        return importlib.import_module(package)
+
+
+def require_folder(folder, content):
+    """The path of a folder of inputs. Where there is none, a UserError says `content`, a sentence about what it should
+    hold, and of a default the command that makes it."""
     folder = Path(folder)
     if not folder.is_dir():
         command = MAKES.get(folder.as_posix())
@@ -100,43 +121,26 @@ def argument_parser(description, output_dir):
     return parser
 
 
-def natural_int(text):
-    value = int(text)
-    if not 0 <= value < LARGE:
-        raise argparse.ArgumentTypeError(f"{value} is not between 0 and {LARGE}")
-    return value
+def bounded(kind, low, high, words):
+    """The type of an option: an int or a float from `low` to `high`; `words` say so where it is not."""
+
+    def convert(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{value} is not {words}")
+        return value
+
+    convert.__name__ = kind.__name__  # argparse calls the type so
+    return convert
 
 
-def positive_int(text):
-    if natural_int(text) == 0:
-        raise argparse.ArgumentTypeError("0 is not at least 1")
-    return int(text)
-
-
-def non_negative(text):
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 0")
-    return value
-
-
-def positive(text):
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{value} is not above 0")
-    return value
-
-
-def share(text):
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{value} is not between 0 and 1")
-    return value
-
-
-def positive_share(text):
-    share(text)
-    return positive(text)
+TINY, HUGE = sys.float_info.min, sys.float_info.max
+natural_int = bounded(int, 0, LARGE, f"between 0 and {LARGE}")
+positive_int = bounded(int, 1, LARGE, f"between 1 and {LARGE}")
+non_negative = bounded(float, 0, HUGE, "a finite number of at least 0")
+positive = bounded(float, TINY, HUGE, "a finite number above 0")
+share = bounded(float, 0, 1, "between 0 and 1")
+positive_share = bounded(float, TINY, 1, "above 0 and at most 1")
 
 
 def named_paths(specs):

@@ -1,7 +1,7 @@
 """Few-shot data sets: images of base, val and novel classes, and episodes drawn from them.
 
 icons_fs      bundled; of val and novel classes the pool of drawings that no model has seen (see common/icons_fs.py)
-cifar_fs      CIFAR-100, binary version, DIR/train.bin ...; split 64/16/20 by Bertinetto et al., 1805.08136
+cifar_fs      CIFAR-100, binary version (torchvision's is a pickle); split 64/16/20 by Bertinetto et al., 1805.08136
 cub           CUB-200-2011 (Wah et al., 2011), DIR/images/<class>/; split 100/50/50 by Chen et al., 1904.04232
 miniimagenet  64/16/20 classes of ImageNet (Vinyals et al., 1606.04080; split by Ravi and Larochelle, 2017), either as
               DIR/{train,val,test}/<class>/, or as DIR/images/ with DIR/{train,val,test}.csv (filename, label)
@@ -10,22 +10,21 @@ DIR           a folder of class folders with DIR/splits.json: {"base": [class na
     python -m common.datasets --dataset icons_fs --output_dir outputs/demo
 
 writes one episode as image folders: `support/<class>/` and, of the other images, `query/<class>/`.
-
-torchvision reads CIFAR-100 by unpickling; the binary version holds the same images, and nothing here is ever unpickled.
 """
 
 import csv
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from common import icons_fs
-from common.cli import UserError, argument_parser, natural_int, positive_int, run
-from common.images import find_images, list_images, open_image
+from common.cli import UserError, argument_parser, natural_int, positive_int, refusing, run
+from common.images import as_picture, find_images, list_images, open_image
 from common.records import check_settings, digest, read_json, settings_of, whole_folder, write_json
 
 SPLITS = Path(__file__).parent.parent / "assets" / "splits"
@@ -54,28 +53,22 @@ class FewShotDataset:
 
     def fingerprint(self):
         """What tells these images from others: a hash of their names and files' sizes, for which none is opened."""
-        return digest(
-            {
-                name: [[r.name, r.stat().st_size] if isinstance(r, Path) else r for r in references]
-                for name, references in self.classes.items()
-            }
-        )
+        return digest({name: [[r.name, r.stat().st_size] if isinstance(r, Path) else r for r in references]
+                       for name, references in self.classes.items()})  # fmt: skip
 
 
 def load_dataset(name, split, folder=None):
-    """The split "base", "val", "novel" or another of a data set by name, or of a folder with splits.json.
-
-    Raises:
-        UserError: data that are missing or damaged; the message says what to do.
-    """
+    """The split "base", "val", "novel" or another of a data set by name, or of a folder with splits.json. A UserError
+    says what to do where data are missing or damaged."""
     if name == "icons_fs":
         names = classes_of(split, icons_fs.load_splits(), "Icons-FS")
         return load_icons_fs(names, ("base",) if split == "base" else ("episode",))
     if name not in MISSING:
         return load_split_folder(Path(name), split, Path(name) / "splits.json")
     folder = Path(folder or f"data/{name}")
-    loaders = {"cifar_fs": load_cifar_fs, "cub": load_cub, "miniimagenet": load_miniimagenet}
-    return loaders[name](folder, split)
+    for unpacked in ("cifar-100-binary", "CUB_200_2011"):
+        folder = folder / unpacked if (folder / unpacked).is_dir() else folder
+    return {"cifar_fs": load_cifar_fs, "cub": load_cub, "miniimagenet": load_miniimagenet}[name](folder, split)
 
 
 def classes_of(split, splits, owner):
@@ -90,11 +83,7 @@ def missing(name, folder):
 
 
 def load_web(name, folder=None):
-    """Images of anything to mine from: those below a folder, or of Icons-FS those that mini-SD was trained on.
-
-    Raises:
-        UserError: no images.
-    """
+    """Images of anything to mine from: those below a folder, or of Icons-FS those that mini-SD was trained on."""
     if folder:
         classes = {}
         for path in find_images(folder):
@@ -107,45 +96,30 @@ def load_web(name, folder=None):
 
 def load_icons_fs(names, pools):
     """The drawings of classes that belong to one of `pools`: see common/icons_fs.py."""
-    facts = icons_fs.load_drawings()
-    classes = {
-        name: [f"{i:03d}" for i, fact in enumerate(facts[name]) if fact["pool"] in pools] for name in sorted(names)
-    }
-    classes = {name: references for name, references in classes.items() if references}
-    sheets = {}
-
-    def open_drawing(name, reference):
-        if name not in sheets:
-            sheets[name] = icons_fs.load_class(name).mul(255).round().byte().permute(0, 2, 3, 1).numpy()
-        return Image.fromarray(sheets[name][int(reference)])
-
-    return FewShotDataset(classes, open_drawing)
+    classes, load = {}, cache(icons_fs.load_class)
+    for name, facts in sorted(icons_fs.load_drawings().items()):
+        references = [f"{i:03d}" for i, fact in enumerate(facts) if fact["pool"] in pools]
+        if references and name in names:
+            classes[name] = references
+    return FewShotDataset(classes, lambda name, reference: as_picture(load(name)[int(reference)]))
 
 
 def load_cifar_fs(folder, split):
     """All 600 images of a class: those of CIFAR-100's training part, then those of its test part."""
-    folder = folder / "cifar-100-binary" if (folder / "cifar-100-binary").is_dir() else folder
-    parts = []
-    for file in ("train.bin", "test.bin"):
-        if not (folder / file).is_file() or not (folder / "fine_label_names.txt").is_file():
-            raise missing("cifar_fs", folder)
-        bytes_ = np.fromfile(folder / file, np.uint8)
-        if not len(bytes_) or len(bytes_) % 3074:  # coarse label, fine label, 3 x 32 x 32 pixels
-            raise UserError(f"{folder / file} is damaged: its size is no multiple of 3074 bytes. Unpack it again.")
-        parts.append(bytes_.reshape(-1, 3074))
-    records = np.concatenate(parts)
-    names = (folder / "fine_label_names.txt").read_text(errors="replace").split()
+    *parts, names = (folder / file for file in ("train.bin", "test.bin", "fine_label_names.txt"))
+    if not all(path.is_file() for path in (*parts, names)):
+        raise missing("cifar_fs", folder)
+    for path in parts:
+        if not path.stat().st_size or path.stat().st_size % 3074:  # coarse label, fine label, 3 x 32 x 32 pixels
+            raise UserError(f"{path} is damaged: its size is no multiple of 3074 bytes. Unpack it again.")
+    records = np.concatenate([np.fromfile(path, np.uint8).reshape(-1, 3074) for path in parts])
+    names = names.read_text(errors="replace").split()
     wanted = classes_of(split, read_json(SPLITS / "cifar_fs.json"), "CIFAR-FS")
-    if records[:, 1].max() >= len(names) or not set(wanted) <= set(names):
+    labels, pixels = records[:, 1], records[:, 2:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    if labels.max() >= len(names) or not set(wanted) <= set(names):
         raise UserError(f"{folder / 'fine_label_names.txt'} lacks classes of CIFAR-100: unpack it again.")
-    classes = {
-        name: [f"{i:05d}" for i in np.flatnonzero(records[:, 1] == names.index(name))] for name in sorted(wanted)
-    }
-
-    def open_record(name, reference):
-        return Image.fromarray(records[int(reference), 2:].reshape(3, 32, 32).transpose(1, 2, 0).copy())
-
-    return FewShotDataset(classes, open_record)
+    classes = {name: [f"{i:05d}" for i in np.flatnonzero(labels == names.index(name))] for name in sorted(wanted)}
+    return FewShotDataset(classes, lambda name, reference: Image.fromarray(pixels[int(reference)].copy()))
 
 
 def of_files(classes):
@@ -160,8 +134,8 @@ def load_split_folder(folder, split, splits):
     if not splits.is_file():
         raise UserError(f"{splits} is missing: {form}")
     found = read_json(splits)
-    names = found.values() if isinstance(found, dict) else [None]
-    if not all(isinstance(group, list) and set(map(type, group)) <= {str} for group in names):
+    groups = found.values() if isinstance(found, dict) else [None]
+    if not all(isinstance(group, list) and set(map(type, group)) <= {str} for group in groups):
         raise UserError(f"{splits} holds something else: {form}")
     names, images = classes_of(split, found, splits), list_images(folder)
     absent = [name for name in names if name not in images]
@@ -171,7 +145,6 @@ def load_split_folder(folder, split, splits):
 
 
 def load_cub(folder, split):
-    folder = folder / "CUB_200_2011" if (folder / "CUB_200_2011").is_dir() else folder
     if not (folder / "images").is_dir():
         raise missing("cub", folder)
     return load_split_folder(folder / "images", split, SPLITS / "cub.json")
@@ -195,14 +168,12 @@ def load_miniimagenet(folder, split):
 
 def read_table(path):
     """The (file name, label) of each line of a CSV file."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            table = csv.DictReader(file)
-            if not {"filename", "label"} <= set(table.fieldnames or ()):
-                raise ValueError(f"it has {table.fieldnames}")
-            rows = [(row["filename"] or "", row["label"] or "") for row in table]
-    except (ValueError, csv.Error) as error:
-        raise UserError(f"{path} should be a CSV file with the columns filename and label ({error}).") from error
+    should_be = f"{path} should be a CSV file with the columns filename and label ({{error}})."
+    with refusing(should_be), path.open(newline="", encoding="utf-8-sig") as file:
+        table = csv.DictReader(file)
+        if not {"filename", "label"} <= set(table.fieldnames or ()):
+            raise ValueError(f"it has {table.fieldnames}")
+        rows = [(row["filename"] or "", row["label"] or "") for row in table]
     for _, label in rows:
         if not label or label.startswith(".") or "/" in label:
             raise UserError(f"{path} has the label {label!r}, which can be no folder's name.")
@@ -210,14 +181,8 @@ def read_table(path):
 
 
 def draw_episode(dataset, num_ways, num_shots, seed, index):
-    """Episode `index` of a data set: the same for everybody who asks with the same arguments.
-
-    Returns:
-        {class name: references in random order}: the first `num_shots` are the supports, the others queries, so that
-        more queries never change an episode.
-    Raises:
-        UserError: too few classes, or too few images in one.
-    """
+    """Episode `index` of a data set, the same for everybody who asks with the same arguments: {class name: references
+    in random order}. The first `num_shots` are the supports, the others queries: more never change an episode."""
     rng = np.random.default_rng([seed, index])
     if num_ways > len(dataset.classes):
         raise UserError(f"--num_ways {num_ways}: the split has {len(dataset.classes)} classes.")
@@ -250,6 +215,15 @@ def write_supports(dataset, num_ways, num_shots, seed, index, folder):
     write_images(dataset, {name: drawn[:num_shots] for name, drawn in order.items()}, folder)
 
 
+def add_options(add, dataset=None):
+    """The options that say which episodes are meant; without --dataset, `dataset` is."""
+    add("--dataset", default=dataset, help=f"{', '.join(DATASETS)}, or a folder of class folders with splits.json")
+    add("--dataset_dir", help="where the data set lies; default: data/<name>")
+    add("--split", default="novel", help="the classes to draw from: base, val, novel, or what else the data set has")
+    add("--num_ways", type=positive_int, default=5, help="classes in an episode")
+    add("--num_shots", type=positive_int, default=5, help="support images a class")
+
+
 def main(args):
     output_dir = Path(args.output_dir)
     record, settings = output_dir / "episode.json", settings_of(args)
@@ -269,13 +243,8 @@ def main(args):
 
 def parse_args():
     parser = argument_parser(__doc__, "outputs/demo")
-    add = parser.add_argument
-    add("--dataset", default="icons_fs", help=f"{', '.join(DATASETS)}, or a folder of class folders with splits.json")
-    add("--dataset_dir", help="where the data set lies; default: data/<name>")
-    add("--split", default="novel", help="the classes to draw from: base, val, novel, or what else the data set has")
-    add("--num_ways", type=positive_int, default=5, help="classes in the episode")
-    add("--num_shots", type=positive_int, default=5, help="support images a class")
-    add("--episode", type=natural_int, default=0, help="which episode; each number gives another")
+    add_options(parser.add_argument, "icons_fs")
+    parser.add_argument("--episode", type=natural_int, default=0, help="which episode; each number gives another")
     return parser.parse_args()
 
 

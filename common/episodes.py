@@ -8,10 +8,13 @@ queries an arm answers rightly). A key stands for all settings up to there: what
 import os
 import shlex
 import time
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from argparse import Namespace
+from collections import defaultdict
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import chain
+from io import StringIO
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +22,7 @@ import torch
 from tqdm.auto import tqdm
 
 from common import datasets, models, planning, statistics
-from common.cli import UserError
+from common.cli import UserError, words_of
 from common.images import as_tensor
 from common.other_images import load_pool, other_images
 from common.processes import stopwatch
@@ -70,20 +73,21 @@ class Arm:
 def parse_arm(text, args, stages, precision="no"):
     """An Arm from "[NAME=]METHOD [--SCRIPT.OPTION VALUE ...]", as "free=tint --generate.alpha 1".
 
+    A UserError tells of an unknown method, or an option that names no script that it runs.
+
     Args:
         stages: {"invert" | "generate" | "distill": the script, with its `parse_args` and `main`}.
         precision: the mixed precision that the scripts run in.
-    Raises:
-        UserError: an unknown method, or an option that names no script that it runs.
     """
-    head, *words = split(text)
+    head, *words = words_of(text)
     name, _, method = head.rpartition("=")
     if method not in METHODS:
         raise UserError(f"--methods {text}: unknown method {method!r}; there are {', '.join(METHODS)}.")
+    scripts, part = METHODS[method], PARTS.get(method, "")
     own = {
-        "invert": ["--pretrained_model_name_or_path", args.pretrained_model_name_or_path, *split(args.invert)],
-        "generate": ["--no-agreement", "--method", method, *split(args.generate)],
-        "distill": ["--teacher", args.teacher, "--student", args.student, *split(args.distill)],
+        "invert": ["--pretrained_model_name_or_path", args.pretrained_model_name_or_path, *words_of(args.invert)],
+        "generate": ["--no-agreement", "--method", method, *words_of(args.generate)],
+        "distill": ["--teacher", args.teacher, "--student", args.student, *words_of(args.distill)],
     }
     if args.teacher_image_size:
         own["distill"] += ["--teacher_image_size", str(args.teacher_image_size)]
@@ -93,15 +97,14 @@ def parse_arm(text, args, stages, precision="no"):
     for word in words:
         if word.startswith("--"):
             script, dot, option = word[2:].partition(".")
-            if script not in METHODS[method] or not dot or not option.startswith(PARTS.get(method, "")):
-                raise UserError(f"--methods {text}: {word} should be --SCRIPT.OPTION, of {METHODS[method]}.")
+            if script not in scripts or not dot or not option.startswith(part):
+                raise UserError(f"--methods {text}: {word} should be --SCRIPT.OPTION, of {scripts}.")
             own[script].append(f"--{option}")
         elif script is None:
             raise UserError(f"--methods {text}: {word!r} belongs to no option.")
         else:
             own[script].append(word)
-    mains = {script: stages[script].main for script in METHODS[method]}
-    arguments = {script: stages[script].parse_args(own[script]) for script in METHODS[method]}
+    arguments = {script: stages[script].parse_args(own[script]) for script in scripts}
     source = image_source(method, arguments["distill"], args)
     keys, key = {"images": digest(*source)} if source else {}, ""
     for script, chosen in arguments.items():
@@ -113,28 +116,22 @@ def parse_arm(text, args, stages, precision="no"):
             chosen.max_train_steps = 0
             chosen.plain_prompt = chosen.plain_prompt or chosen.prompt.split(" of ")[0]
         settings = with_contents(settings_of(chosen, *outside)) | {"mixed_precision": precision}
-        counts = (PARTS.get(method, ""), *(VIEWS if method == "teacher" else ()))
+        counts = (part, *(VIEWS if method == "teacher" else ()))
         settings = {name: value for name, value in settings.items() if name.startswith(counts)}
         keys[script] = key = digest(key, settings, *([method, *source] if script == "distill" else []))
-    return Arm(name or head, method, shlex.join(words), mains, arguments, keys, key)
-
-
-def split(text):
-    try:
-        return shlex.split(text)
-    except ValueError as error:
-        raise UserError(f"{text!r} cannot be read as options: {error}.") from error
+    return Arm(name or head, method, shlex.join(words), {s: stages[s].main for s in scripts}, arguments, keys, key)
 
 
 def with_contents(settings):
     """Settings, with a fingerprint of what lies in the files and model folders that they name: a path says little."""
+
+    def contents(path):
+        path = Path(path or os.devnull)
+        below = (file for file in path.rglob("*") if file.suffix in (".safetensors", ".json"))
+        files = [path] if path.is_file() else sorted(below)
+        return hashed(tuple((file, file.stat().st_mtime_ns) for file in files)) if files else None
+
     return {name: [value, contents(value)] if name in FILES else value for name, value in settings.items()}
-
-
-def contents(path):
-    path = Path(path or os.devnull)
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in (".safetensors", ".json"))
-    return hashed(tuple((file, file.stat().st_mtime_ns) for file in files)) if files else None
 
 
 @cache
@@ -146,35 +143,22 @@ def image_source(method, options, args):
     """What decides which other images an arm trains on, where no script makes them."""
     if method == "real":
         return [args.num_real]
-    if method == "base":
-        return [args.num_unlabeled, load_pool(method, args).fingerprint()]
-    if method == "mined":  # by the teacher's features
-        teacher = {
-            k: v for k, v in vars(options).items() if k in ("teacher", "teacher_checkpoint", "teacher_image_size")
-        }
-        return [args.num_unlabeled, load_pool(method, args).fingerprint(), with_contents(teacher)]
-    return []
-
-
-@contextmanager
-def quiet():
-    """The scripts of an episode keep their bars and messages to themselves; errors are raised."""
-    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        yield
+    if method not in ("base", "mined"):
+        return []
+    teacher = {k: vars(options)[k] for k in ("teacher", "teacher_image_size", "teacher_checkpoint")}  # mines
+    source = [args.num_unlabeled, load_pool(method, args).fingerprint()]
+    return source + ([with_contents(teacher)] if method == "mined" else [])
 
 
 def run_script(script, arm, folder, seed, **inputs):
-    """Runs a script, as a function with its own command line, into folder/<script>-<key>, unless that is done.
-
-    Returns:
-        the folder that it wrote, and the seconds that it took, in all its starts.
-    """
+    """Runs a script, as a function with its own command line, into folder/<script>-<key>, unless that is done. Its bars
+    and messages go nowhere. Returns the folder, and the seconds that the script took in all its starts."""
     output_dir = folder / f"{script}-{arm.keys[script]}"
     done, clock = output_dir / "seconds.json", output_dir / ".seconds.json"
     if not done.is_file():
         arguments = vars(arm.arguments[script]) | inputs | {"seed": seed, "output_dir": str(output_dir)}
-        with stopwatch(clock), quiet():
-            arm.mains[script](type(arm.arguments[script])(**arguments))
+        with stopwatch(clock), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            arm.mains[script](Namespace(**arguments))
         with suppress(FileNotFoundError):  # another launch that shares the folder was as quick
             clock.replace(done)
     with blaming(done):
@@ -182,26 +166,20 @@ def run_script(script, arm, folder, seed, **inputs):
 
 
 def specialise(arm, folder, seed, supports, dataset, args, device):
-    """The classifier of an arm in one episode.
-
-    Args:
-        supports: {class name: references}.
-    Returns:
-        function of images [B, 3, size, size] in [0, 1] to logits, its size, and {script, or what else: seconds}.
-    """
+    """The classifier of an arm in one episode of these supports, {class name: references}: a function of images
+    [B, 3, size, size] in [0, 1] to logits; its size; and {script, or what else: seconds}."""
     before = time.perf_counter()
-    options = type(arm.arguments["distill"])(**vars(arm.arguments["distill"]) | {"seed": seed})
+    options = Namespace(**vars(arm.arguments["distill"]) | {"seed": seed})
     if arm.method in PARTS:
         pictures = [dataset.open(name, reference) for name, drawn in supports.items() for reference in drawn]
         labels = torch.arange(args.num_ways).repeat_interleave(args.num_shots)
         if arm.method == "teacher":
             classifier = load_teacher(options, pictures, labels, device)
-            return classifier, models.input_size(classifier)[0], {"teacher": time.perf_counter() - before}
-        student, _ = models.load_student(options, list(supports))
-        size = models.input_size(student)[0]
-        images = torch.stack([as_tensor(picture, size) for picture in pictures]).to(device)
-        classifier = models.PrototypeClassifier(student.to(device), images, labels)
-        return classifier, size, {"prototypes": time.perf_counter() - before}
+        else:
+            student, _ = models.load_student(options, list(supports))
+            images = torch.stack([as_tensor(picture, models.input_size(student)[0]) for picture in pictures])
+            classifier = models.PrototypeClassifier(student.to(device), images.to(device), labels)
+        return classifier, models.input_size(classifier)[0], {arm.method: time.perf_counter() - before}
     seconds, inputs = {}, {"support_dir": str(folder / "support")}
     if "invert" in arm.keys:
         inversion, seconds["invert"] = run_script("invert", arm, folder, seed, **inputs)
@@ -227,12 +205,10 @@ def draw(index, arms, dataset, args):
     queries = {name: rest[: max(0, len(rest) - held)][: args.num_queries] for name, rest in beside.items()}
     for name, drawn in queries.items():
         if len(drawn) < (args.num_queries or 1):
-            real, mend = (
-                (f", {held} of them held back (--num_real)", "one of the two") if held else ("", "--num_queries")
-            )
+            real = f", {held} of them held back (--num_real)" if held else ""
             raise UserError(
                 f"{name} has {len(beside[name])} images beside its supports{real}, which does not leave --num_queries "
-                f"{args.num_queries or 'all'}: lower {mend}."
+                f"{args.num_queries or 'all'}: lower {'one of the two' if held else '--num_queries'}."
             )
     return supports, queries
 
@@ -245,13 +221,6 @@ def run_episode(index, arms, dataset, args, device):
     """What is not done yet of one episode: for each arm, which queries of each class it answers rightly."""
     folder = episode_folder(index, args)
     supports, queries = draw(index, arms, dataset, args)
-
-    def load(chosen, size):
-        """Images [N, 3, size, size] of {class name: references}."""
-        return torch.stack(
-            [as_tensor(dataset.open(c, r), size) for c, references in chosen.items() for r in references]
-        )
-
     for arm in arms:
         record = read_record(folder, arm)
         if is_done(record, queries):
@@ -263,9 +232,11 @@ def run_episode(index, arms, dataset, args, device):
         correct = {name: record.get("correct", {}).get(name, []) for name in queries}
         before, new = time.perf_counter(), 0
         for label, name in enumerate(queries):
-            for part in batches(queries[name][len(correct[name]) :], args.batch_size):
+            rest = iter(queries[name][len(correct[name]) :])
+            while part := list(islice(rest, args.batch_size)):
+                images = torch.stack([as_tensor(dataset.open(name, reference), size) for reference in part])
                 with torch.no_grad():
-                    answers = classifier(load({name: part}, size).to(device)).argmax(-1)
+                    answers = classifier(images.to(device)).argmax(-1)
                 correct[name] += (answers == label).int().tolist()
                 new += len(part)
         seconds["query"] = (time.perf_counter() - before) / new
@@ -274,10 +245,6 @@ def run_episode(index, arms, dataset, args, device):
 
 def episode_folder(index, args):
     return Path(args.output_dir) / "episodes" / f"{index:05d}"
-
-
-def batches(items, size):
-    return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 def read_record(folder, arm):
@@ -315,8 +282,7 @@ def collect(arms, dataset, args, pilot=None, wishes=()):
     def deciding(*names):
         return pilot if set(names) in map(set, wishes) else None
 
-    correct = {arm.name: [] for arm in arms}
-    seconds = {arm.name: [] for arm in arms}
+    correct, seconds = ({arm.name: [] for arm in arms} for _ in range(2))
     scripts, episodes = [], []
     for index in range(args.num_episodes):
         folder, spent = episode_folder(index, args), {}
@@ -366,33 +332,24 @@ def examples(arms, folder, count=6):
         return []
 
     def first(directory):
-        found = {}
+        found = defaultdict(list)
         for row, image in open_samples(directory):
-            group = found.setdefault(row["label"], [])
-            if len(group) < count:
-                group.append(data_uri(image))
+            if len(found[row["label"]]) < count:
+                found[row["label"]].append(data_uri(image))
         return found
 
     supports = first(folder / "support")
     generated = {a.name: first(folder / f"generate-{a.keys['generate']}") for a in arms if "generate" in a.keys}
-    return [
-        {
-            "class": c,
-            "supports": supports[c],
-            "generated": {name: found.get(c, []) for name, found in generated.items()},
-        }
-        for c in supports
-    ]
+    return [{"class": c, "supports": supports[c], "generated": {name: found[c] for name, found in generated.items()}}
+            for c in supports]  # fmt: skip
 
 
 def evaluate_episodes(args, stages, accelerator, rank=0, processes=1):
-    """Accuracy of each of --methods over the episodes of --dataset, for results.json.
+    """Accuracy of each of --methods over the episodes of --dataset, for results.json; None while other processes have
+    episodes to do: the one that finishes last has the results.
 
     Args:
-        stages: {"invert" | "generate" | "distill": the script, with its `parse_args` and `main`}.
-        rank, processes: what `leave_group` says.
-    Returns:
-        None while other processes have episodes to do: the one that finishes last has the results.
+        stages: as those of `parse_arm`. rank, processes: what `leave_group` says.
     """
     dataset = datasets.load_dataset(args.dataset, args.split, args.dataset_dir)
     arms = [parse_arm(text, args, stages, accelerator.mixed_precision) for text in args.methods]
@@ -408,7 +365,7 @@ def evaluate_episodes(args, stages, accelerator, rank=0, processes=1):
 
     def run(stage):
         """This process's share of a stage, whose options are returned."""
-        now = type(args)(**vars(args) | stage)
+        now = Namespace(**vars(args) | stage)
         for index in tqdm(range(rank, now.num_episodes, processes), desc="episodes", disable=rank > 0):
             run_episode(index, arms, dataset, now, accelerator.device)
         return now
@@ -432,12 +389,10 @@ def run_stages(run, arms, dataset, args, rank):
     """Runs a pilot of --num_episodes, and then as many episodes as --half_width takes (`planning.next_of`).
 
     Process 0 decides, once all have done their share, and keeps its decisions in stages.json: the other processes, and
-    a benchmark that is started again, go by them.
+    a benchmark that is started again, go by them. It alone returns what results.json says.
 
     Args:
         run: function of a stage that does this process's share of it and returns its options.
-    Returns:
-        What results.json says; None for other processes than the first.
     """
     path, held = Path(args.output_dir) / "stages.json", args.num_real * any(arm.method == "real" for arm in arms)
     most = min(map(len, dataset.classes.values())) - args.num_shots - held
@@ -446,10 +401,8 @@ def run_stages(run, arms, dataset, args, rank):
     for name in chain.from_iterable(wishes):
         if name not in names:
             raise UserError(f"{name} is none of --methods: {', '.join(names)}.")
-    if args.num_episodes < 2 or args.num_queries == 1 or not 0 < args.half_width < 0.5:
-        raise UserError(
-            "--half_width, between 0 and 0.5, needs a pilot of 2 --num_episodes and 2 --num_queries or more."
-        )
+    if args.num_episodes < 2 or args.num_queries == 1 or args.half_width >= 0.5:
+        raise UserError("--half_width, between 0 and 0.5, needs a pilot of 2 or more --num_episodes and --num_queries.")
     pilot = {"num_episodes": args.num_episodes, "num_queries": args.num_queries, "pilot": args.num_episodes}
     wish = digest(args.half_width, wishes, [arm.key for arm in arms])
     if rank == 0 and not check_settings(path, pilot):

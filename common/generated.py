@@ -6,7 +6,7 @@ import torch
 
 from common import models, statistics
 from common.cli import UserError, named_paths
-from common.images import as_tensor, load_folder
+from common.images import as_tensor
 from common.records import provenance
 from common.shards import open_samples
 
@@ -92,9 +92,7 @@ def evaluate_generated(args, accelerator):
     if not args.support_dir:
         raise UserError("--generated_dir needs --support_dir, the images that they were generated from.")
     model = models.load_model(args.teacher, image_size=args.teacher_image_size).to(accelerator.device)
-    supports, support_labels, classes, _ = load_folder(args.support_dir, models.input_size(model)[0])
-    teacher = models.PrototypeClassifier(model, supports.to(accelerator.device), support_labels)
-
+    teacher, classes = models.of_supports(model, args.support_dir)
     support_f, answers, labels, _ = embed(args.support_dir, teacher, classes, args.batch_size)
     support = support_f, labels
     real = {"supports": specificity_and_diversity(support_f, answers, labels, *support)}

@@ -4,6 +4,7 @@ picture grids."""
 import io
 from collections import Counter
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -12,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.transforms.v2 import functional as TF
 
-from common.cli import UserError, note, require_folder
+from common.cli import UserError, note, refusing, require_folder
 from common.records import whole_file
 
 with suppress(ImportError):
@@ -30,22 +31,13 @@ FONT = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")  # has
 HINTS = dict.fromkeys((".heic", ".heif", ".hif"), " (to read them: pip install pillow-heif)")
 
 
-def list_files(folder):
+def list_files(folder, entered):
     """The files below a folder in the order of their names, those in hidden folders and hidden ones left out. Links are
-    followed, and a folder that several lead to is entered once."""
-    entered = set()
-
-    def below(folder):
-        if folder.resolve() in entered:
-            return
+    followed, and a folder that several lead to is entered once: `entered` is the set of those that were."""
+    if folder.resolve() not in entered:
         entered.add(folder.resolve())
-        for path in sorted(folder.iterdir()):
-            if path.is_dir() and not path.name.startswith("."):
-                yield from below(path)
-            elif not path.name.startswith("."):
-                yield path
-
-    return below(Path(folder))
+        for path in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
+            yield from list_files(path, entered) if path.is_dir() else [path]
 
 
 def is_overview(path):
@@ -55,38 +47,41 @@ def is_overview(path):
     return record is not None and path.with_name(record).is_file()
 
 
-def only_images(paths, folder, loose=()):
-    """Those of the paths that are image files; one line says how many others were left out, and of which kind.
-
-    Args:
-        loose: paths beside the folders of classes, none of which is taken.
-    """
-    images, others = [], Counter()
+def images_below(folders, root):
+    """The image files below each of the folders, none of which may be without; a line says how many other files there
+    are in `root`, and of which kinds. Those beside the folders are of no class."""
+    found, others = [], Counter()
+    loose = [] if root in folders else [path for path in root.iterdir() if path.is_file() and path.name[0] != "."]
     if stray := sum(path.suffix.lower() in EXTENSIONS and not is_overview(path) for path in loose):
         others["images of no class's folder"] = stray
-    for path in paths:
-        suffix = path.suffix.lower()
-        if not path.is_file():
-            others["links to nothing"] += 1
-        elif is_overview(path):
-            others["overviews of these scripts"] += 1
-        elif suffix in EXTENSIONS:
-            images.append(path)
-        else:
-            others[(suffix or "without extension") + HINTS.get(suffix, "")] += 1
+    for folder in folders:
+        images = []
+        for path in list_files(folder, set()):
+            suffix = path.suffix.lower()
+            if not path.is_file():
+                others["links to nothing"] += 1
+            elif is_overview(path):
+                others["overviews of these scripts"] += 1
+            elif suffix in EXTENSIONS:
+                images.append(path)
+            else:
+                others[(suffix or "without extension") + HINTS.get(suffix, "")] += 1
+        found.append(images)
     if others:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()))
-        note(f"{folder}: left out {kinds}")
-    return images
+        note(f"{root}: left out {', '.join(f'{count} {kind}' for kind, count in sorted(others.items()))}")
+    for folder, images in zip(folders, found):
+        if not images:
+            raise UserError(f"{folder} holds no image ({', '.join(sorted(EXTENSIONS))}): add some, or move it away.")
+    return found
 
 
 def list_images(folder, classes=None):
     """{class name: [paths of its images, in folders below it too]} of a folder of class folders, sorted by name.
 
+    A UserError tells of a missing folder, no class folders, other classes, or one without an image.
+
     Args:
         classes: the classes that the folder must have, and their order; default all that it has.
-    Raises:
-        UserError: no such folder, no class folders, other classes, or a class folder without an image.
     """
     folder = require_folder(folder, "It should hold one folder of images per class.")
     found = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
@@ -100,28 +95,14 @@ def list_images(folder, classes=None):
             f"The class folders of {folder} are not the wanted classes: "
             f"missing {sorted(set(classes) - set(found))}, unknown {sorted(set(found) - set(classes))}."
         )
-    files = {name: list(list_files(folder / name)) for name in classes or found}
-    loose = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
-    kept = set(only_images([path for paths in files.values() for path in paths], folder, loose))
-    images = {name: [path for path in paths if path in kept] for name, paths in files.items()}
-    for name, paths in images.items():
-        if not paths:
-            kinds = ", ".join(sorted(EXTENSIONS))
-            raise UserError(f"{folder / name} holds no image ({kinds}): add some, or move it away.")
-    return images
+    names = list(classes or found)
+    return dict(zip(names, images_below([folder / name for name in names], folder)))
 
 
 def find_images(folder):
-    """The paths of all images below a folder, in the order of their names.
-
-    Raises:
-        UserError: no such folder, or no image in it.
-    """
+    """The paths of all images below a folder, at least one, in the order of their names."""
     folder = require_folder(folder, "It should hold images.")
-    paths = only_images(list_files(folder), folder)
-    if not paths:
-        raise UserError(f"{folder} holds no image ({', '.join(sorted(EXTENSIONS))}).")
-    return paths
+    return images_below([folder], folder)[0]
 
 
 def copies(paths, originals):
@@ -139,12 +120,9 @@ def require_unseen(queries, trained_on):
 
 
 def open_image(path):
-    """The image as an RGB PIL image: upright as its EXIF data say, transparent parts white, 16-bit grey scaled to 8.
-
-    Raises:
-        UserError: the file cannot be read as an image.
-    """
-    try:
+    """The image as an RGB PIL image: upright as its EXIF data say, transparent parts white, 16-bit grey scaled to 8. A
+    UserError names a file that cannot be read as an image."""
+    with refusing(f"{path} cannot be read as an image ({{error}}): replace it, or move it away."):
         with Image.open(path, formats=FORMATS) as image:
             image.load()
             with suppress(Exception):  # data that cannot be read say nothing
@@ -160,8 +138,6 @@ def open_image(path):
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise all kinds on damaged files
-        raise UserError(f"{path} cannot be read as an image ({error}): replace it, or move it away.") from error
 
 
 def square(image, size=None):
@@ -181,20 +157,22 @@ def load_image(path, size=None):
 
 
 def load_folder(folder, size=None, classes=None):
-    """All images of a folder of class folders.
+    """All images of a folder of class folders: images [N, 3, size, size] in [0, 1], labels [N] (indices into classes),
+    classes, paths [N].
 
     Args:
         size: side of the square that all are resized to; None keeps sizes, which must then be equal.
-        classes: the classes that the folder must have, and their order; default sorted by name.
-    Returns:
-        images [N, 3, size, size] in [0, 1], labels [N] (indices into classes), classes, paths [N]
-    Raises:
-        UserError: as `list_images` and `open_image`.
+        classes: as those of `list_images`.
     """
     by_class = list_images(folder, classes)
-    paths = [path for group in by_class.values() for path in group]
-    labels = torch.tensor([label for label, group in enumerate(by_class.values()) for _ in group])
+    paths, labels = with_labels(by_class)
     return torch.stack([load_image(path, size) for path in paths]), labels, list(by_class), paths
+
+
+def with_labels(by_class):
+    """{class name: items} as a list of items [N] and their labels, a tensor [N] of numbers of classes."""
+    pairs = [(item, label) for label, group in enumerate(by_class.values()) for item in group]
+    return [item for item, _ in pairs], torch.tensor([label for _, label in pairs])
 
 
 def as_picture(image):
@@ -229,6 +207,7 @@ def save_grid(rows, path, lines=(), columns=(), side=None):
     size, count = rows[0][0].shape[-1], max(map(len, rows))
     side = side or min(size * max(1, 128 // size), 192)
     span = count // len(columns) if columns else count
+    method = Image.Resampling.NEAREST if size <= side else Image.Resampling.BICUBIC
     font = ImageFont.truetype(FONT, max(12, side // 6))
     left = round(max((font.getlength(words) + font.size for words in lines), default=0))
     top = round(1.5 * font.size) if columns else 0
@@ -237,15 +216,13 @@ def save_grid(rows, path, lines=(), columns=(), side=None):
         return left + i * (side + 2) + i // span * font.size, top + j * (side + 2)
 
     picture = Image.new("RGB", [side + end for end in place(count - 1, len(rows) - 1)], "white")
-    draw = ImageDraw.Draw(picture)
+    write = partial(ImageDraw.Draw(picture).text, fill="black", font=font)
     for j, words in enumerate(lines):
-        draw.text((left - font.size // 2, place(0, j)[1] + side // 2), words, "black", font, anchor="rm")
+        write((left - font.size // 2, place(0, j)[1] + side // 2), words, anchor="rm")
     for i, words in enumerate(columns):
-        shown = shortened(words, font, span * (side + 2))
-        draw.text((place(i * span, 0)[0], top // 2), shown, "black", font, anchor="lm")
+        write((place(i * span, 0)[0], top // 2), shortened(words, font, span * (side + 2)), anchor="lm")
     for j, row in enumerate(rows):
         for i, image in enumerate(row):
-            method = Image.Resampling.NEAREST if size <= side else Image.Resampling.BICUBIC
             picture.paste(as_picture(image.float().cpu()).resize((side, side), method), place(i, j))
     with whole_file(path) as temporary:
         picture.save(temporary, "png")

@@ -5,12 +5,12 @@ Hugging Face hub's timm format (`config.json`, `model.safetensors`). Images are 
 size: `normalize` makes of them what a model wants.
 """
 
-import json
 import shutil
 import sys
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 import timm
 import torch
@@ -21,33 +21,21 @@ from timm.models._hub import save_config_for_hf
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import architectures
-from common.cli import UserError
-from common.records import fingerprint, save_tensors, whole_file
+from common import architectures, statistics
+from common.cli import UserError, refusing
+from common.images import load_folder
+from common.records import blaming, fingerprint, read_json, save_tensors, whole_file
 
-
-@contextmanager
-def no_unpickling():
-    """Inside, torch.load refuses: timm falls back to it where the hub has a model's weights in no safetensors file."""
-
-    def refuse(*args, **kwargs):
-        raise ValueError("its weights are a pickle file, and only safetensors are read.")
-
-    load, torch.load = torch.load, refuse
-    try:
-        yield
-    finally:
-        torch.load = load
+PICKLE = ValueError("its weights are a pickle file, and only safetensors are read.")
 
 
 def load_model(name_or_path, pretrained=True, image_size=None, checkpoint=None, **kwargs):
-    """A timm model in eval mode from a model folder, a timm name, or a hub name (`hf-hub:...`).
+    """A timm model in eval mode from a model folder, a timm name, or a hub name (`hf-hub:...`); a UserError says what
+    cannot be loaded.
 
     Args:
         image_size: input side, default the model's own.
         checkpoint: a safetensors file whose weights replace the model's, but for the classifier's.
-    Raises:
-        UserError: no such folder or model, a folder without a loadable model, or a checkpoint of another architecture.
     """
     folder = Path(name_or_path)
     if folder.is_dir():
@@ -58,21 +46,17 @@ def load_model(name_or_path, pretrained=True, image_size=None, checkpoint=None, 
         raise UserError(f"{folder}: no such folder.")
     else:
         source = name_or_path
-    try:
-        with no_unpickling():
-            kwargs["pretrained"] = pretrained and not checkpoint
-            model = timm.create_model(source, **kwargs)
-            if image_size and hasattr(model, "set_input_size"):  # position embeddings, or a head, depend on it
-                model.set_input_size(img_size=(image_size, image_size))
-            elif image_size and get_model_input_config(model)["fixed_input_size"]:  # more than these does
-                model = timm.create_model(source, img_size=image_size, **kwargs)
+    wanted = "a folder with config.json and model.safetensors, or a name that timm.list_models() knows"
+    # timm unpickles where the hub has a model's weights in no safetensors file.
+    with refusing(f"Cannot load {name_or_path} ({{error}}): give {wanted}."), patch("torch.load", side_effect=PICKLE):
+        kwargs["pretrained"] = pretrained and not checkpoint
+        model = timm.create_model(source, **kwargs)
+        if image_size and hasattr(model, "set_input_size"):  # position embeddings, or a head, depend on it
+            model.set_input_size(img_size=(image_size, image_size))
+        elif image_size and get_model_input_config(model)["fixed_input_size"]:  # more than these does
+            model = timm.create_model(source, img_size=image_size, **kwargs)
         if image_size:
             model.pretrained_cfg["input_size"] = (3, image_size, image_size)
-    except Exception as error:  # timm, safetensors, json and the hub each raise their own kinds
-        raise UserError(
-            f"Cannot load the model {name_or_path}: {error}\nGive a folder with config.json and model.safetensors, "
-            "or a name that timm.list_models() knows."
-        ) from error
     if checkpoint:
         load_weights(model, checkpoint)
     return model.eval()
@@ -83,36 +67,32 @@ def load_student(args, classes):
 
     It has weights from a folder, the hub or --student_checkpoint, and by plain timm name random ones. Some networks do
     not come out of their file as timm makes them, FBNet with another epsilon of batch normalisation: what is trained is
-    what comes out.
-
-    Raises:
-        UserError: as `load_model`, and for a student that no file can hold as it is.
+    what comes out. A student that no file can hold as it is raises a UserError.
     """
     torch.manual_seed(args.seed)
     pretrained = Path(args.student).is_dir() or args.student.startswith("hf-hub:")
     size, checkpoint = args.student_image_size, args.student_checkpoint
     student = load_model(args.student, pretrained, size, checkpoint)
     student.reset_classifier(len(classes))
-    student = saved_and_loaded(student, classes)
-    require_same(student, saved_and_loaded(student, classes))
+    with TemporaryDirectory() as folder:
+        student = save_model(student, folder, classes, as_it_is=False)
+        save_model(student, folder, classes)
     return student, pretrained or bool(checkpoint)
 
 
 def load_weights(model, path):
     """Replaces a timm model's weights, but for its classifier's, by those of a safetensors file. Position embeddings of
     another input size are resampled, by timm's own filter of the architecture's checkpoints."""
-    heads = model.pretrained_cfg["classifier"]
-    heads = tuple(f"{name}." for name in ([heads] if isinstance(heads, str) else heads or []))
-    try:
+    heads = model.pretrained_cfg["classifier"] or ()  # a name, or several
+    heads = tuple(f"{name}." for name in ([heads] if isinstance(heads, str) else heads))
+    name = model.pretrained_cfg.get("architecture", type(model).__name__)
+    with refusing(f"{path} cannot be read as safetensors weights of {name} ({{error}})."):
         adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", lambda state, model: state)
         state = {k: v for k, v in adapt(load_file(path), model).items() if not k.startswith(heads)}
         absent, unknown = model.load_state_dict(state, strict=False)
         absent = [k for k in absent if not k.startswith(heads)]
         if absent or unknown:
             raise ValueError(f"it lacks {absent[:3]} and has {unknown[:3]} too many")
-    except Exception as error:  # a filter of timm's raises any kind on what is of another architecture
-        name = model.pretrained_cfg.get("architecture", type(model).__name__)
-        raise UserError(f"{path} cannot be read as safetensors weights of {name}: {error}") from error
 
 
 def is_ours(model):
@@ -120,61 +100,34 @@ def is_ours(model):
     return type(model).__module__ == architectures.__name__
 
 
-def write_config(model, folder, classes):
-    # What timm's own transform would cut away at the border, this project's models have learned from.
-    data_config = {"input_size": (3, *input_size(model)), "crop_pct": 1.0, "interpolation": "bicubic"}
-    with whole_file(Path(folder) / "config.json") as temporary:
-        save_config_for_hf(model, temporary, {"label_names": list(classes)}, data_config=data_config)
-
-
-def saved_and_loaded(model, classes):
-    """The model as it would come out of its file for somebody who has timm alone; the weights are not written."""
-    try:
-        with TemporaryDirectory() as folder:
-            write_config(model, folder, classes)
-            weights = {"source": None, "state_dict": model.state_dict()}
-            loaded = timm.create_model(f"local-dir:{folder}", pretrained=True, pretrained_cfg_overlay=weights).eval()
-    except OSError:  # a full disk, which is not the student's fault
-        raise
-    except Exception as error:  # of timm's builders and filters, any kind
-        raise UserError(
-            f"{model.pretrained_cfg['architecture']} at {input_size(model)[0]} pixels cannot be saved so that timm can "
-            f"load it ({error}): choose another student or --student_image_size."
-        ) from error
-    loaded.pretrained_cfg.pop("state_dict")
-    return loaded
-
-
 @torch.no_grad()
-def require_same(model, loaded):
-    """Raises a UserError where a model, in eval mode, and what came out of its file answer differently."""
-    x = torch.randn(2, 3, *input_size(model), generator=torch.Generator().manual_seed(0))
-    try:
-        ours, theirs = model(x), loaded(x)
-        torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-3 * ours.abs().max().item(), equal_nan=True)
-        if input_size(loaded) != input_size(model):
-            raise ValueError(f"its input would be of {input_size(loaded)} pixels")
-    except Exception as error:  # also of a network that cannot compute at its size
-        raise UserError(
-            f"{model.pretrained_cfg['architecture']} at {input_size(model)[0]} pixels cannot be used, or not be saved "
-            f"as it is ({error}): choose another student or --student_image_size."
-        ) from error
-
-
-def save_model(model, folder, classes):
-    """Writes `config.json` and `model.safetensors`, loadable with `timm.create_model("local-dir:FOLDER")`.
+def save_model(model, folder, classes, as_it_is=True):
+    """Writes `config.json` and `model.safetensors`, and returns what `timm.create_model("local-dir:FOLDER")` makes of
+    them. A UserError says that it cannot, or, where the model is to come out `as_it_is`, that answers differ.
 
     Args:
         model: in eval mode, on the CPU. classes: the class names in the order of its outputs.
-    Raises:
-        UserError: what comes out of the files gives other answers.
     """
-    save_tensors(Path(folder) / "model.safetensors", model.state_dict())
-    write_config(model, folder, classes)
-    if is_ours(model):
-        with whole_file(Path(folder) / "architectures.py") as temporary:
-            shutil.copyfile(architectures.__file__, temporary)
-    require_same(model, timm.create_model(f"local-dir:{folder}", pretrained=True).eval())
+    # What timm's own transform would cut away at the border, this project's models have learned from.
+    data_config = {"input_size": (3, *input_size(model)), "crop_pct": 1.0, "interpolation": "bicubic"}
+    with refusing(
+        f"{model.pretrained_cfg['architecture']} at {input_size(model)[0]} pixels cannot be used, or not be saved as "
+        "it is ({error}): choose another student or --student_image_size."
+    ):
+        save_tensors(Path(folder) / "model.safetensors", model.state_dict())
+        with whole_file(Path(folder) / "config.json") as temporary:
+            save_config_for_hf(model, temporary, {"label_names": list(classes)}, data_config=data_config)
+        if is_ours(model):
+            with whole_file(Path(folder) / "architectures.py") as temporary:
+                shutil.copyfile(architectures.__file__, temporary)
+        loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        if as_it_is:
+            x = torch.randn(2, 3, *input_size(model), generator=torch.Generator().manual_seed(0))
+            ours, theirs = model(x), loaded(x)
+            torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-3 * ours.abs().max().item(), equal_nan=True)
+            if input_size(loaded) != input_size(model):
+                raise ValueError(f"its input would be of {input_size(loaded)} pixels")
+    return loaded
 
 
 def weights_of(name_or_path, checkpoint=None):
@@ -185,23 +138,17 @@ def weights_of(name_or_path, checkpoint=None):
 
 
 def class_names(name_or_path):
-    """The class names in a model folder's `config.json`, or None.
-
-    Raises:
-        UserError: the file is damaged.
-    """
+    """The class names in a model folder's `config.json`, or None. A UserError says that the file is damaged."""
     path = Path(name_or_path) / "config.json"
     if not path.is_file():
         return None
-    try:
-        config = json.loads(path.read_text())
+    with blaming(path):
+        config = read_json(path, dict)
         names = config.get("label_names")
         if names is not None and ([str(name) for name in names] != names or len(set(names)) < len(names)):
             raise ValueError("label_names should be a list of different words")
         if names is not None and config.get("num_classes", len(names)) != len(names):
             raise ValueError(f"it has {len(names)} label_names and {config['num_classes']} classes")
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}): distil the student again, or copy the file anew.") from error
     return names
 
 
@@ -267,6 +214,20 @@ def with_head(model):
     return lambda images: model(normalize(model, images))
 
 
+def accuracy_on(folder, classifier, size, classes):
+    """The accuracy, as `statistics.accuracy`, of a function of images [B, 3, size, size] to logits on a folder."""
+    images, labels, *_ = load_folder(folder, size, classes)
+    with torch.inference_mode():
+        answers = torch.cat([classifier(part) for part in images.split(64)]).argmax(-1)
+    return statistics.accuracy(answers == labels)
+
+
+def of_supports(model, folder, classes=None):
+    """A `PrototypeClassifier` of a folder of supports, and its classes."""
+    supports, labels, classes, _ = load_folder(folder, input_size(model)[0], classes)
+    return PrototypeClassifier(model, supports.to(next(model.parameters()).device), labels), classes
+
+
 def cosine_prototypes(f, labels):
     """Centre m [D] and prototypes p [C, D] of features f [S, D]: the mean feature, and of each class the mean of its
     unit-length centred features, again of unit length. Labels [S] hold each of 0..C-1 at least once."""
@@ -281,8 +242,7 @@ def held_out_accuracy(f, labels):
     """How many of features [S, D] the cosine prototypes of all others give the label, as a share; None where no class
     has two."""
     right = []
-    for i in range(len(f)):
-        others = torch.arange(len(f)) != i
+    for i, others in enumerate(~torch.eye(len(f), dtype=torch.bool)):
         if (labels[others] == labels[i]).any():
             center, prototypes = cosine_prototypes(f[others], labels[others])
             right.append((F.normalize(f[i] - center, dim=-1) @ prototypes.T).argmax().item() == labels[i].item())
@@ -299,8 +259,7 @@ class PrototypeClassifier(nn.Module):
 
     Args:
         model: timm model; its classifier is not used.
-        images: support images [S, 3, H, W] in [0, 1].
-        labels: their classes [S], each of 0..num_classes-1 at least once.
+        images, labels: supports [S, 3, H, W] in [0, 1] and their classes [S], each of 0..num_classes-1 at least once.
         scale: the inverse softmax temperature of cosine similarities.
     """
 

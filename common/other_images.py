@@ -25,19 +25,9 @@ def other_images(method, folder, seed, supports, dataset, options, args):
     None is, pixel by pixel, a support or what is or may become a query, wherever it lies.
     """
     order = datasets.draw_episode(dataset, args.num_ways, args.num_shots, args.seed, int(folder.name))
-    held = [(name, reference) for name in supports for reference in order[name][-args.num_real :]]
-    held = held if method == "real" else []
+    held = references_of({name: order[name][-args.num_real :] for name in supports}) if method == "real" else []
     tested = {pixels(dataset.open(*x)) for x in references_of(order) if x not in held}
-    if method == "real":
-        pool, images = dataset, held
-        chosen = [i for i, x in enumerate(held) if pixels(dataset.open(*x)) not in tested]
-    elif method == "base":
-        pool = load_pool(method, args)
-        images = references_of(pool.classes)
-        drawn = np.random.default_rng(seed).permutation(len(images))
-        apart = (i for i in drawn if pixels(pool.open(*images[i])) not in tested)
-        chosen = list(islice(apart, args.num_unlabeled * args.num_ways))
-    else:
+    if method == "mined":
         pool, model, web, keys = web_features(
             args.dataset, args.web_dir, options.teacher, options.teacher_image_size, options.teacher_checkpoint
         )
@@ -47,14 +37,18 @@ def other_images(method, folder, seed, supports, dataset, options, args):
             note(f"episode {folder.name}: {len(images) - len(apart)} images to mine from are its own, and left out")
         support_features, _ = features_of(model, dataset, references_of(supports))
         near = nearest(web[apart], support_features.unflatten(0, (args.num_ways, -1)), args.num_unlabeled)
-        chosen = [apart[i] for i in near]
+        chosen = [images[apart[i]] for i in near]
+    elif method == "base":
+        pool = load_pool(method, args)
+        images = references_of(pool.classes)
+        drawn = (images[i] for i in np.random.default_rng(seed).permutation(len(images)))
+        apart = (x for x in drawn if pixels(pool.open(*x)) not in tested)
+        chosen = list(islice(apart, args.num_unlabeled * args.num_ways))
+    else:
+        pool, chosen = dataset, [x for x in held if pixels(dataset.open(*x)) not in tested]
     if not chosen:
         raise UserError(f"--methods {method}: episode {folder.name} leaves no image to train on but its own.")
-    references = {}
-    for i in chosen:
-        name, reference = images[i]
-        references.setdefault(name, []).append(reference)
-    return pool, references
+    return pool, {name: [r for owner, r in chosen if owner == name] for name in dict(chosen)}
 
 
 def pixels(image):

@@ -11,7 +11,7 @@ from scipy.special import stdtrit
 from scipy.stats import chi2
 
 from common import statistics
-from common.cli import UserError, positive_int
+from common.cli import UserError, positive_int, refusing
 from common.records import blaming, read_json, write_json
 from common.report import percent
 from common.statistics import Moments
@@ -36,13 +36,12 @@ def variance_range(m, levels=(0.05, 0.5, 0.95)):
 
 def largest_square(m, half_width):
     """The largest argument with which `statistics.interval` of these Moments has at most this half-width."""
-    low, high = np.full(np.shape(m.mean), -40.0), np.zeros(np.shape(m.mean))
-    for _ in range(40):
-        middle = (low + high) / 2
-        ends = statistics.interval(m, np.exp(middle))
-        narrow = ends[1] - ends[0] <= 2 * half_width
-        low, high = np.where(narrow, middle, low), np.where(narrow, high, middle)
-    return np.exp(low)
+    return np.exp(statistics.bisect(lambda x: width(m, np.exp(x)) <= 2 * half_width, -40.0, 0.0))
+
+
+def width(m, square):
+    low, high = statistics.interval(m, square)
+    return high - low
 
 
 def squared_half_width(m, s2, num_episodes, num_queries, degrees=np.inf):
@@ -52,10 +51,8 @@ def squared_half_width(m, s2, num_episodes, num_queries, degrees=np.inf):
 
 
 def fewest_episodes(m, s2, num_queries, largest):
-    """The smallest P >= 2 at which episodes of each of these numbers of queries [N] have a narrow enough interval.
-
-    After Stein (1945): Student's quantile has the degrees of freedom with which the pilot m knows the variance.
-    """
+    """The smallest P >= 2 at which the interval is narrow enough, for each of these numbers of queries [N]. After Stein
+    (1945), Student's quantile has the degrees of freedom with which the pilot m knows the variance."""
     degrees = m.episodes - 1
     one = stdtrit(degrees, 0.975) ** 2 * (s2 + statistics.smoothed(m)[1] / num_queries)
     episodes = np.maximum(2.0, np.ceil(one / largest - 1e-9))
@@ -70,6 +67,8 @@ def plan(m, episode_seconds, query_seconds, half_width=None, budget_seconds=None
     Without rounding, Q = sqrt(v / s2 * episode_seconds / query_seconds): an episode that costs much is worth many
     queries, until these say less than the next episode would. All multiples of `ways` are tried.
 
+    A ValueError tells of impossible wishes or numbers.
+
     Args:
         m: Moments of a pilot, or of endless episodes. max_queries: the most that an episode has.
     Returns:
@@ -77,8 +76,6 @@ def plan(m, episode_seconds, query_seconds, half_width=None, budget_seconds=None
         "alternatives" to the plan, "customary": 600 episodes of 15 queries a class, or of max_queries}, each
         {"num_episodes", "num_queries" of an episode, "half_width": expected, "range": [low, high] that the range of s2
         allows, "seconds"}.
-    Raises:
-        ValueError: impossible wishes or numbers.
     """
     if min(episode_seconds, query_seconds) < 0 or episode_seconds + query_seconds == 0:
         raise ValueError("an episode and a query must cost something")
@@ -89,55 +86,47 @@ def plan(m, episode_seconds, query_seconds, half_width=None, budget_seconds=None
         raise ValueError(f"{max_queries} queries an episode are less than one a class")
     seconds = episode_seconds + queries * query_seconds
     low, middle, high = variance_range(m)
-    largest = half_width and largest_square(m, half_width)
 
     def row(num_episodes, num_queries):
         squares = (squared_half_width(m, s2, num_episodes, num_queries) for s2 in (middle, low, high))
-        widths = [float(np.subtract(*statistics.interval(m, square)[::-1]) / 2) for square in squares]
+        expected, *widths = (float(width(m, square) / 2) for square in squares)
         cost = float(num_episodes * (episode_seconds + num_queries * query_seconds))
-        return {
-            "num_episodes": int(num_episodes),
-            "num_queries": int(num_queries),
-            "half_width": widths[0],
-            "range": widths[1:],
-            "seconds": cost,
-        }
-
-    def of_queries(s2):
-        if half_width is not None:
-            return fewest_episodes(m, s2, queries, largest)
-        return np.floor(budget_seconds / seconds + 1e-9)
+        found = {"num_episodes": int(num_episodes), "num_queries": int(num_queries), "half_width": expected}
+        return found | {"range": widths, "seconds": cost}
 
     def best(s2):
-        episodes = of_queries(s2)
+        if half_width:
+            episodes = fewest_episodes(m, s2, queries, largest_square(m, half_width))
+            loss = episodes * seconds
+        else:
+            episodes = np.floor(budget_seconds / seconds + 1e-9)
+            loss = squared_half_width(m, s2, np.maximum(episodes, 2), queries)
         if episodes.max() < 2:
             raise ValueError(f"{budget_seconds} seconds do not pay for two episodes of {episode_seconds} seconds")
-        loss = episodes * seconds if half_width else squared_half_width(m, s2, np.maximum(episodes, 2), queries)
         i = np.where(episodes < 2, np.inf, loss).argmin()
-        return row(episodes[i], queries[i])
+        return row(episodes[i], queries[i]), episodes
 
-    chosen, episodes = best(middle), of_queries(middle)
+    chosen, episodes = best(middle)
     others = {round(chosen["num_queries"] / ways * factor) for factor in (1 / 16, 1 / 4, 1 / 2, 2, 4, 16)}
     others = sorted(i - 1 for i in others - {chosen["num_queries"] // ways} if 1 <= i <= len(queries))
     return {
         "plan": chosen,
-        "low": best(low),
-        "high": best(high),
+        "low": best(low)[0],
+        "high": best(high)[0],
         "alternatives": [row(episodes[i], queries[i]) for i in others if episodes[i] >= 2],
         "customary": row(600, min(15 * ways, queries[-1])),
     }
 
 
 def next_stage(pilot, m, half_width):
-    """How many episodes there must be: more than P, or P itself where the benchmark is finished.
+    """How many episodes there must be, P itself where the benchmark is finished; and how many of them are the pilot
+    from now on: all, if it was too short.
 
     Stein's rule for the pilot, and the same for all episodes so far, should these vary more. Both look at how wide the
     interval is and never at where it lies, so that stopping by them favours no outcome.
 
     Args:
         pilot, m: Moments of the pilot's episodes and of all P, with the same number of queries; numbers or arrays.
-    Returns:
-        (number of episodes, number of those that are the pilot from now on: all, if the pilot was too short).
     """
     needed = statistics.squared_margin(m, pilot) / largest_square(m, half_width)
     needed = np.where(needed <= m.episodes, m.episodes, np.ceil(MARGIN * needed))
@@ -148,10 +137,8 @@ def next_stage(pilot, m, half_width):
 def scores_of(results, names, count=None):
     """The Moments of the first `count` episodes (default: all) in results.json: of the accuracy of the method in
     `names`, or of two methods' difference."""
-    answers = [
-        [[[int(hit) for hit in text] for text in episode] for episode in results["methods"][name]["answers"][:count]]
-        for name in names
-    ]
+    kept = (results["methods"][name]["answers"][:count] for name in names)
+    answers = [[[[int(hit) for hit in text] for text in episode] for episode in episodes] for episodes in kept]
     if len(names) == 2:
         return statistics.difference_moments(*answers)
     hits, counts = ([[f(c) for c in episode] for episode in answers[0]] for f in (sum, len))
@@ -176,93 +163,77 @@ def next_of(results, stages, wishes, half_width, max_queries):
         dearest = max(plans, key=lambda found: found["seconds"])
         if dearest["num_queries"] != ways * stage["num_queries"]:
             return stage | {"num_queries": dearest["num_queries"] // ways}
-    found = [
-        next_stage(scores_of(results, names, stage["pilot"]), scores_of(results, names), half_width) for names in wishes
-    ]
+    pilots, scores = ([scores_of(results, names, n) for names in wishes] for n in (stage["pilot"], None))
+    found = [next_stage(pilot, m, half_width) for pilot, m in zip(pilots, scores)]
     episodes, pilot = (max(map(int, numbers)) for numbers in zip(*found))
     return None if episodes == stage["num_episodes"] else stage | {"num_episodes": episodes, "pilot": pilot}
 
 
 def read_pilot(args):
-    """What is known of a score: Moments, seconds an episode and a query, classes of an episode, and whose it is.
+    """What results.json of a benchmark says of a score: Moments, {what: seconds}, classes in an episode, a title."""
+    if not Path(args.pilot).is_file():
+        raise UserError(f"--pilot {args.pilot}: no such file.")
+    with blaming(args.pilot):
+        pilot = read_json(args.pilot)
+        if pilot.get("kind") != "benchmark":
+            raise UserError(f"--pilot {args.pilot} is no benchmark over episodes: give results.json of --dataset.")
+        names = args.compare or [args.method or list(pilot["methods"])[-1]]
+        for name in names:
+            if name not in pilot["methods"]:
+                raise UserError(f"{name} is no method of {args.pilot}, which has {', '.join(pilot['methods'])}.")
+        m, ways = scores_of(pilot, names), positive_int(pilot["dataset"]["num_ways"])
+        if m.episodes < 2 or min(len(text) for text in pilot["methods"][names[0]]["answers"][0]) < 2:
+            raise UserError(f"--pilot {args.pilot} needs at least two episodes, and two queries a class.")
+        cost = {what: float(pilot["cost"][what]) for what in ("episode_seconds", "query_seconds")}
+    return m, cost, ways, f"{' - '.join(names)}, a pilot of {m.episodes} episodes"
 
-    From results.json of a benchmark, or from the command line, which has the last word on costs.
-    """
-    cost, ways = {}, args.num_ways
-    if args.pilot:
-        if not Path(args.pilot).is_file():
-            raise UserError(f"--pilot {args.pilot}: no such file.")
-        with blaming(args.pilot):
-            pilot = read_json(args.pilot)
-            if pilot.get("kind") != "benchmark":
-                raise UserError(f"--pilot {args.pilot} is no benchmark over episodes: give results.json of --dataset.")
-            names = args.compare or [args.method or list(pilot["methods"])[-1]]
-            for name in names:
-                if name not in pilot["methods"]:
-                    raise UserError(f"{name} is no method of {args.pilot}, which has {', '.join(pilot['methods'])}.")
-                if "answers" not in pilot["methods"][name]:
-                    raise UserError(f"{args.pilot} lacks the answers to single queries: run its command again.")
-            m, ways = scores_of(pilot, names), positive_int(pilot["dataset"]["num_ways"])
-            cost = {what: float(seconds) for what, seconds in pilot["cost"].items()}
-            if m.episodes < 2 or min(len(text) for text in pilot["methods"][names[0]]["answers"][0]) < 2:
-                raise UserError(f"--pilot {args.pilot} needs at least two episodes, and two queries a class.")
-        title = f"{' - '.join(names)}, a pilot of {m.episodes} episodes"
-    elif args.episode_variance is None or (args.accuracy is None and args.disagreement is None):
+
+def expected(args):
+    """The same by the numbers on the command line, as endless episodes would show them."""
+    if args.episode_variance is None or (args.accuracy is None and args.disagreement is None):
         raise UserError(
             "--plan needs --pilot, a results.json; or --episode_variance, --accuracy (for a difference: "
             "--disagreement), --episode_seconds and --query_seconds."
         )
-    else:
-        mean, lowest = args.accuracy or 0.0, 0 if args.disagreement is None else -1
-        square = mean if args.disagreement is None else args.disagreement
-        query_variance = square - mean**2 - args.episode_variance
-        if not 0 < square < 1 or args.episode_variance < 0 or query_variance < 0:
-            raise UserError(
-                f"--plan: a mean of {mean} and a variance of {args.episode_variance} do not go together: "
-                f"0 <= s2 <= {square:g} - {mean:g}^2"
-            )
-        m = Moments(lowest, mean, square, query_variance, args.episode_variance, np.inf, np.inf)
-        title = "a difference" if lowest else "an accuracy"
-    seconds = [args.episode_seconds, args.query_seconds]
-    seconds = [cost.get(k) if x is None else x for x, k in zip(seconds, ("episode_seconds", "query_seconds"))]
-    if None in seconds:
-        raise UserError("--plan without --pilot needs --episode_seconds and --query_seconds.")
-    return m, *seconds, ways, title
+    mean, s2, is_accuracy = args.accuracy or 0.0, args.episode_variance, args.disagreement is None
+    square = mean if is_accuracy else args.disagreement
+    if not 0 < square < 1 or square - mean**2 < s2:
+        raise UserError(
+            f"--plan: a mean of {mean} and a variance of {s2} do not go together: 0 <= s2 <= {square:g} - {mean:g}^2"
+        )
+    m = Moments(0 if is_accuracy else -1, mean, square, square - mean**2 - s2, s2, np.inf, np.inf)
+    return m, {}, args.num_ways, "an accuracy" if is_accuracy else "a difference"
 
 
 def print_plan(args):
     """Prints the cheapest benchmark that reaches --half_width, or the most precise one in --budget_seconds; with its
-    range, where a pilot knows the variance over episodes only so well."""
+    range, where a pilot knows the variance over episodes only so well. The command line has the last word on costs."""
     if (args.half_width is None) == (args.budget_seconds is None):
         raise UserError("--plan needs one of --half_width and --budget_seconds.")
-    m, episode_seconds, query_seconds, ways, title = read_pilot(args)
-    wish = {"half_width": args.half_width, "budget_seconds": args.budget_seconds, "max_queries": args.max_queries}
-    try:
-        found = plan(m, episode_seconds, query_seconds, **wish, ways=ways)
-    except ValueError as error:
-        raise UserError(f"--plan: {error}") from error
+    m, cost, ways, title = (read_pilot if args.pilot else expected)(args)
+    given = {what: vars(args)[what] for what in ("episode_seconds", "query_seconds")}
+    cost |= {what: seconds for what, seconds in given.items() if seconds is not None}
+    if len(cost) < 2:
+        raise UserError("--plan without --pilot needs --episode_seconds and --query_seconds.")
+    with refusing("--plan cannot be ({error}).", ValueError):
+        found = plan(m, **cost, half_width=args.half_width, budget_seconds=args.budget_seconds,
+                     max_queries=args.max_queries, ways=ways)  # fmt: skip
     low, _, high = variance_range(m)
-    certain = np.isinf(m.episodes)
+    certain, chosen = np.isinf(m.episodes), found["plan"]
     known = "" if certain else f", 90% range {low:.5f} to {high:.5f}"
     print(f"{title}: mean {percent(m.mean)} %, variance over episodes s2 = {max(m.s2, 0):.5f}{known}")
-    print(f"an episode costs {episode_seconds:.3g} s, a query {query_seconds:.3g} s\n")
-    rows = [("best", found["plan"])]
+    print(f"an episode costs {cost['episode_seconds']:.3g} s, a query {cost['query_seconds']:.3g} s\n")
+    rows = [("best", chosen)]
     rows += [] if certain else [("best if s2 is low", found["low"]), ("best if s2 is high", found["high"])]
     rows += [("", row) for row in found["alternatives"]] + [("customary", found["customary"])]
-    head = "", "episodes", "queries in each", "95% interval", "" if certain else "90% range", "hours"
-    print("{:20}{:>9}{:>17}{:>14}{:>15}{:>9}".format(*head))
+    line = "{:20}{:>9}{:>17}{:>14}{:>15}{:>9}".format
+    print(line("", "episodes", "queries in each", "95% interval", "" if certain else "90% range", "hours"))
     for name, row in rows:
-        width, *widths = (f"{100 * value:.2f}" for value in (row["half_width"], *row["range"]))
-        spread = "" if certain else " to ".join(widths)
-        print(
-            f"{name:20}{row['num_episodes']:9}{row['num_queries']:17}{'±' + width:>14}{spread:>15}"
-            f"{row['seconds'] / 3600:9.3g}"
-        )
-    chosen = found["plan"]
-    print(
-        f"\nevaluate.py --num_episodes {chosen['num_episodes']} --num_queries {chosen['num_queries'] // ways}"
-        f"   (a class of {ways})"
-    )
+        half, *ends = (f"{100 * value:.2f}" for value in (row["half_width"], *row["range"]))
+        spread, hours = "" if certain else " to ".join(ends), f"{row['seconds'] / 3600:.3g}"
+        print(line(name, row["num_episodes"], row["num_queries"], f"±{half}", spread, hours))
+    numbers = f"--num_episodes {chosen['num_episodes']} --num_queries {chosen['num_queries'] // ways}"
+    print(f"\nevaluate.py {numbers}   (a class of {ways})")
     if args.half_width and not certain:
         print(f"or, to stop when the interval is narrow enough: evaluate.py --half_width {args.half_width}")
     write_json(Path(args.output_dir) / "plan.json", found)

@@ -14,33 +14,25 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 
-from common.cli import UserError
+from common.cli import UserError, refusing
 from common.records import blaming, keep_apart, read_json, write_json
 
 PATIENCE = timedelta(days=30)  # of a process that has done its share: it waits for the others, however long they take
 
 
 def start(args):
-    """The Accelerator of a script, with its trackers started.
+    """The Accelerator of a script, with its trackers started; the output folder has to be apart from the inputs.
 
     Without a GPU, Accelerate must be told to use the CPU, or several processes would each do all the work. And
     `accelerate launch` then exports OMP_NUM_THREADS=1 where nobody has set it, which would leave one process all cores
     but one idle: the cores of this machine are shared out among its processes instead.
-
-    Raises:
-        UserError: what cannot be had here, or an output folder that is not apart from the inputs.
     """
     keep_apart(args)
-    try:
+    with refusing("--mixed_precision or --report_to cannot be had here ({error}).", ValueError):
         accelerator = Accelerator(
-            cpu=not torch.accelerator.is_available(),
-            mixed_precision=args.mixed_precision,
-            log_with=args.report_to,
-            project_dir=args.output_dir,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
-        )
-    except ValueError as error:
-        raise UserError(f"--mixed_precision or --report_to cannot be had here: {error}") from error
+            cpu=not torch.accelerator.is_available(), mixed_precision=args.mixed_precision, log_with=args.report_to,
+            project_dir=args.output_dir, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        )  # fmt: skip
     if args.report_to and not accelerator.log_with:
         raise UserError(f"--report_to {args.report_to}: that tracker is not installed (pip install {args.report_to}).")
     launched_with_default = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
@@ -85,10 +77,8 @@ def peak_memory(device):
 
 
 def generator(*keys):
-    """A CPU random generator that depends on nothing but its keys, as (seed, class name, image index).
-
-    Drawing on the CPU gives the same numbers whatever the device, the batch size and the number of processes.
-    """
+    """A CPU random generator that depends on nothing but its keys, as (seed, class name, image index): the same numbers
+    whatever the device, the batch size and the number of processes."""
     digest = hashlib.sha256("/".join(map(str, keys)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 

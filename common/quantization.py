@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+from onnx.utils import Extractor
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -18,11 +19,10 @@ class Calibration(CalibrationDataReader):
 
     def __init__(self, inputs, batch_size):
         count = -(-len(inputs) // batch_size)
-        self.batches = iter(np.resize(inputs, (count, batch_size, *inputs.shape[1:])))
+        self.batches = ({"images": x} for x in np.resize(inputs, (count, batch_size, *inputs.shape[1:])))
 
     def get_next(self):
-        batch = next(self.batches, None)
-        return None if batch is None else {"images": batch}
+        return next(self.batches, None)
 
 
 def convert_int8(fp32, inputs, batch_size, for_tensorrt=False):
@@ -42,22 +42,17 @@ def convert_int8(fp32, inputs, batch_size, for_tensorrt=False):
         onnx.save(fp32, given)  # a model in memory would be changed
         quant_pre_process(given, folded, skip_symbolic_shape=True)  # folds batch normalisation
         quantize_static(
-            folded,
-            quantized,
-            Calibration(inputs, batch_size),
-            quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=QUANTIZED,
-            nodes_to_exclude=float_sums(onnx.load(folded).graph),
-            per_channel=True,
-            reduce_range=not for_tensorrt,
-            activation_type=QuantType.QInt8,
-            weight_type=QuantType.QInt8,
+            folded, quantized, Calibration(inputs, batch_size), quant_format=QuantFormat.QDQ, per_channel=True,
+            op_types_to_quantize=QUANTIZED, nodes_to_exclude=float_sums(onnx.load(folded).graph),
+            reduce_range=not for_tensorrt, activation_type=QuantType.QInt8, weight_type=QuantType.QInt8,
             extra_options={"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False},
-        )
+        )  # fmt: skip
         int8 = onnx.load(quantized)
     leave_in_float(int8.graph, outputs_of_layers=for_tensorrt)
+    int8 = used_part(int8)
     if for_tensorrt:
         join_sums(int8.graph)
+        int8 = used_part(int8)
     return int8
 
 
@@ -95,19 +90,12 @@ def leave_in_float(graph, outputs_of_layers):
                 node.input[:] = [name if given == source else given for given in node.input]
                 node.output[:] = [name if made == source else made for made in node.output]
             graph.node.remove(pair)
-    remove_unused(graph)
 
 
-def remove_unused(graph):
-    """Takes away nodes and constants whose results nobody reads."""
-    used = {value.name for value in graph.output}
-    for node in reversed(list(graph.node)):
-        if used.isdisjoint(node.output):
-            graph.node.remove(node)
-        else:
-            used.update(node.input)
-    for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
-        graph.initializer.remove(tensor)
+def used_part(model):
+    """The model without nodes and constants whose results nobody reads."""
+    names = ([value.name for value in values] for values in (model.graph.input, model.graph.output))
+    return Extractor(model).extract_model(*names)
 
 
 def join_sums(graph):
@@ -126,4 +114,3 @@ def join_sums(graph):
             if source is not None and source.op_type == "Conv" and all(uses[name] == 1 for name in names):
                 total.input[side] = quantize.input[0]
                 break
-    remove_unused(graph)

@@ -12,13 +12,15 @@ import time
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import metadata
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import psutil
 import torch
 from safetensors.torch import save
 
-from common.cli import UserError
+from common.cli import UserError, refusing
 
 FINGERPRINT = re.compile("[0-9a-f]{16}")
 INPUTS = ("model", "teacher", "student", "pretrained_model_name_or_path")  # options that may name a folder
@@ -26,7 +28,7 @@ TEMPORARY = re.compile(r"\..+\.(\w+)-(\d+)\.part")  # of the machine and the pro
 
 
 @contextmanager
-def whole_file(path):
+def whole_file(path, make=Path.touch):
     """Gives a temporary path beside `path`, which becomes `path` at the end: the file appears whole or not at all.
 
     Any number of processes may write the same file, or remove its folder by `remove_folder`, at the same time.
@@ -37,7 +39,7 @@ def whole_file(path):
         for turns_left in reversed(range(10)):
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                temporary.touch()
+                make(temporary)
                 break
             except (FileNotFoundError, FileExistsError):  # the folder is being removed: it cannot be, with a file in it
                 if not turns_left:
@@ -45,29 +47,24 @@ def whole_file(path):
         yield temporary
         temporary.replace(path)
     except OSError as error:
+        if make is Path.mkdir and path.is_dir():
+            return
         if str(error.filename) in (str(temporary), "None"):  # a full disk names no file
             error.filename = str(path)
         raise
     finally:
-        with suppress(OSError):
-            temporary.unlink()
+        discard(temporary)
 
 
-@contextmanager
 def whole_folder(path):
     """The same for a folder. Where another process has made it in the meantime, that one stays."""
-    path = Path(path)
-    temporary = temporary_name(path)
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        try:
-            temporary.replace(path)
-        except OSError:
-            if not path.is_dir():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    return whole_file(path, Path.mkdir)
+
+
+def discard(path):
+    """Removes a file or a folder, unless another process is quicker, or it may not be."""
+    with suppress(OSError):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
 
 
 def temporary_name(path):
@@ -96,7 +93,7 @@ def sweep(folder):
         with suppress(OSError):  # another process sweeps too
             here = machine == this_machine()
             if not psutil.pid_exists(int(process)) if here else time.time() - path.stat().st_mtime > 3600:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                discard(path)
 
 
 def remove_folder(folder):
@@ -116,16 +113,9 @@ def save_tensors(path, tensors, facts=None):
         temporary.write_bytes(save(tensors, facts))  # safetensors' own way to a file lets nobody else read it
 
 
-@contextmanager
 def blaming(path):
     """Lays what fails inside to a file, in a UserError: a damaged one raises errors of every kind, here or later."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise UserError(f"{path} is damaged, or of another version or project ({reason}): move it away.") from error
+    return refusing(f"{path} is damaged, or of another version or project ({{error}}): move it away.")
 
 
 def write_json(path, value):
@@ -139,21 +129,19 @@ def write_json_lines(path, rows):
 
 
 def read_json_lines(path):
-    try:
-        return [json.loads(line) for line in Path(path).read_text().splitlines()]
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}): move it away and start again.") from error
+    data = Path(path).read_bytes()
+    with blaming(path):
+        return [json.loads(line) for line in data.splitlines()]
 
 
 def read_json(path, kind=object):
     """What a JSON file holds; a UserError where it is no JSON, or not of the kind wanted."""
-    try:
-        value = json.loads(Path(path).read_text())
+    data = Path(path).read_bytes()
+    with blaming(path):
+        value = json.loads(data)
         if not isinstance(value, kind):
             raise ValueError(f"it should hold a {kind.__name__}")
         return value
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}): move it away to make it anew.") from error
 
 
 def keep_apart(args):
@@ -167,10 +155,9 @@ def keep_apart(args):
             folder = Path(value if Path(value).exists() else value.partition("=")[2] or value)  # [NAME=]PATH
             source = folder.resolve()
             relations = {"is": output == source, "lies in": source in output.parents, "holds": output in source.parents}
-            if option in ("dataset_dir", "web_dir"):  # beside what evaluate.py writes they are in nobody's way
-                relations["holds"] = False
-            relation = next((name for name, holds in relations.items() if holds), None)
-            if relation and folder.is_dir():
+            relation = next((name for name, is_so in relations.items() if is_so), None)
+            in_the_way = relation != "holds" or option not in ("dataset_dir", "web_dir")  # beside evaluate.py's results
+            if relation and in_the_way and folder.is_dir():
                 raise UserError(f"--output_dir {args.output_dir} {relation} --{option} {value}: keep them apart.")
 
 
@@ -226,65 +213,49 @@ def provenance(args, options):
 
 
 def check_settings(path, settings, may_grow=()):
-    """True where `path` records a finished result of these settings, False where there is none.
-
-    Raises:
-        UserError: the result was made with other settings, or the record is damaged.
-    """
-    path = Path(path)
-    if not path.is_file():
+    """Whether `path` records a finished result, which must be of these settings: see `compare_settings`."""
+    if not Path(path).is_file():
         return False
-    record = read_json(path)
-    before = record.get("settings") if isinstance(record, dict) else None
-    if not isinstance(before, dict):
-        raise UserError(f"{path} is damaged (it holds no settings): move it away to make it anew.")
-    compare_settings(path, before, settings, may_grow)
+    with blaming(path):
+        compare_settings(path, dict(read_json(path)["settings"]), settings, may_grow)
     return True
 
 
 def compare_settings(path, before, settings, may_grow=()):
-    """Raises a UserError where work that `path` records was begun with other settings.
-
-    Args:
-        may_grow: the settings {file: fingerprint} to which files may have been added.
-    """
+    """Raises a UserError where work that `path` records was begun with other settings. To those named by `may_grow`,
+    {file: fingerprint}, files may have been added."""
     now = json.loads(json.dumps(settings))
     for name in may_grow:
         if isinstance(before.get(name), dict):
             now[name] = {file: value for file, value in now[name].items() if file in before[name]}
-    if changed := differences(before, now):
+    if changed := "; ".join(differences(before, now)):
         raise UserError(
-            f"{path} was made with other settings or images ({'; '.join(changed)}). Give another --output_dir, or "
-            f"move {Path(path).parent} out of the way, to make it anew."
+            f"{path} was made with other settings or images ({changed}). Give another --output_dir, or move "
+            f"{Path(path).parent} out of the way, to make it anew."
         )
 
 
 def differences(before, now):
-    """What has changed from one record of settings to another, in words: a list of texts."""
-    changed = []
+    """What has changed from one record of settings to another, in words."""
     for name in dict.fromkeys([*now, *before]):
         then, since = before.get(name), now.get(name)
         if isinstance(then, dict) and isinstance(since, dict):
-            changed += [f"{name}: {text}" for text in changed_files(then, since)]
+            yield from (f"{name}: {text}" for text in changed_files(then, since))
         elif then != since and any(isinstance(x, str) and FINGERPRINT.fullmatch(x) for x in (then, since)):
-            changed.append(f"{name} changed")
+            yield f"{name} changed"
         elif then != since:
-            changed.append(f"{name}: {then} then, {since} now")
-    return changed
+            yield f"{name}: {then} then, {since} now"
 
 
 def changed_files(before, now, most=5):
     """The differences of two {class/file: fingerprint} in words, as "1 photo added to hammer: x.png"."""
     verbs = {
-        "added to": sorted(now.keys() - before.keys()),
-        "removed from": sorted(before.keys() - now.keys()),
-        "changed in": sorted(name for name in now.keys() & before.keys() if now[name] != before[name]),
+        "added to": now.keys() - before.keys(),
+        "removed from": before.keys() - now.keys(),
+        "changed in": {name for name in now.keys() & before.keys() if now[name] != before[name]},
     }
     for verb, names in verbs.items():
-        groups = {}
-        for name in names:
-            group, _, file = name.rpartition("/")
-            groups.setdefault(group, []).append(file)
-        for group, files in groups.items():
+        for group, members in groupby(sorted(name.rpartition("/") for name in names), itemgetter(0)):
+            files = [file for _, _, file in members]
             what = f"{len(files)} photo{'s' if len(files) > 1 else ''} {verb} {group}" if group else verb.split()[0]
             yield f"{what}: {', '.join(files[:most])}{', ...' if len(files) > most else ''}"

@@ -4,48 +4,31 @@ import io
 import json
 from pathlib import Path
 
-from common.cli import UserError
+from common.cli import UserError, optional, refusing
 from common.images import list_images, open_image, square
 from common.records import read_json_lines, whole_file
 
 
-def load_webdataset():
-    try:
-        import webdataset
-    except ImportError as error:
-        raise UserError("Tar shards need the package webdataset (pip install webdataset).") from error
-    return webdataset
-
-
 def write_shard(path, rows, images):
-    """Writes a shard: of each row <label>/<index>.json, and its image unless its `file_name` is None.
-
-    Args:
-        images: of each row the bytes of an image file.
-    """
-    webdataset = load_webdataset()
-    with whole_file(path) as temporary, temporary.open("wb") as file:
-        with webdataset.TarWriter(file, mtime=0) as shard:
-            for row, image in zip(rows, images):
-                sample = {"__key__": f"{row['label']}/{row['index']:05d}", "json": row}
-                if row["file_name"]:
-                    sample[Path(row["file_name"]).suffix[1:]] = image
-                shard.write(sample)
+    """Writes a shard: of each row <label>/<index>.json, and, unless its `file_name` is None, the bytes of its image."""
+    writer = optional("webdataset", "A tar shard").TarWriter
+    with whole_file(path) as temporary, temporary.open("wb") as file, writer(file, mtime=0) as shard:
+        for row, image in zip(rows, images):
+            sample = {"__key__": f"{row['label']}/{row['index']:05d}", "json": row}
+            if row["file_name"]:
+                sample[Path(row["file_name"]).suffix[1:]] = image
+            shard.write(sample)
 
 
 def list_samples(folder, classes):
-    """The files that hold the images of a folder of either kind: {class name: paths}, shards as those of "".
-
-    Raises:
-        UserError: neither kind of folder, an unfinished one, or its classes are not `classes`.
-    """
-    folder = Path(folder)
-    shards = sorted(folder.glob("*.tar"))
+    """The files that hold the images of a folder of either kind, whose classes must be `classes`: {class name: paths},
+    shards as those of ""."""
+    shards, metadata = sorted(Path(folder).glob("*.tar")), Path(folder, "metadata.jsonl")
     if not shards:
         return list_images(folder, classes)
-    if not (folder / "metadata.jsonl").is_file():
+    if not metadata.is_file():
         raise UserError(f"{folder} has no metadata.jsonl: tint_generate.py has not finished. Start it again.")
-    rows = read_json_lines(folder / "metadata.jsonl")
+    rows = read_json_lines(metadata)
     found = {str(row.get("label")) if isinstance(row, dict) else "?" for row in rows}
     if found != set(classes):
         raise UserError(f"{folder} has images of {sorted(found)}, and {sorted(classes)} are wanted.")
@@ -59,8 +42,6 @@ def open_samples(folder, size=None, wanted=None):
 
     Args:
         size: side of the central square that all become; None keeps them as they are. wanted: file names; default: all.
-    Raises:
-        UserError: neither kind of folder, or an image or shard cannot be read.
     """
     folder = Path(folder)
     shards = sorted(folder.glob("*.tar"))
@@ -82,20 +63,18 @@ def read_folder(folder):
     for label, paths in list_images(folder).items():
         for path in paths:
             name = path.relative_to(folder).as_posix()
-            yield known.get(name, {}) | {"file_name": name, "label": label}, path  # the folder is the label
+            yield known.get(name, {}) | {"file_name": name, "label": label}, path
 
 
 def read_shards(folder, shards):
-    webdataset, missing = load_webdataset(), read_metadata(folder)
+    dataset, missing = optional("webdataset", "A tar shard").WebDataset, read_metadata(folder)
     urls = [str(shard.resolve()) for shard in shards]  # in other paths it finds schemes
-    try:
-        for sample in webdataset.WebDataset(urls, shardshuffle=False, nodesplitter=iter):
+    with refusing(f"{folder} holds a damaged shard ({{error}}): generate again elsewhere."):
+        for sample in dataset(urls, shardshuffle=False, nodesplitter=iter):
             row = json.loads(sample["json"])
             if row["file_name"]:
                 missing.pop(row["file_name"], None)
                 yield row, io.BytesIO(sample[Path(row["file_name"]).suffix[1:]])
-    except Exception as error:  # tarfile, webdataset and json each raise their own kinds
-        raise UserError(f"{folder} holds a damaged shard ({error}): generate again elsewhere.") from error
     if missing:  # of a shard that is not there, or was cut off between two images
         raise UserError(
             f"The shards of {folder} lack {len(missing)} images, as {min(missing)}: generate again elsewhere."

@@ -22,11 +22,8 @@ PLANNED = 1.1  # what makes up, in squared margins, for stopping early where bad
 
 
 def wilson_interval(correct, count, z=Z95):
-    """The Wilson score interval (1927) of a proportion: (low, high) in [0, 1], sound near 0 and 1 and for few images.
-
-    Args:
-        correct: number of successes in `count` independent trials, count > 0; numbers or arrays.
-    """
+    """The Wilson score interval (1927) of a proportion, `correct` of `count` > 0 independent trials, numbers or arrays:
+    (low, high) in [0, 1], sound near 0 and 1 and for few images."""
     p = correct / count
     middle = (p + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * (p * (1 - p) / count + z**2 / (4 * count**2)) ** 0.5
@@ -34,30 +31,31 @@ def wilson_interval(correct, count, z=Z95):
 
 
 def matched_interval(only_a, only_b, count, z=Z95):
-    """The score interval of Tango (1998) of a difference between matched proportions: (low, high) in [-1, 1].
+    """The score interval of Tango (1998) of a difference between matched proportions: (low, high) in [-1, 1]. It holds
+    the differences D that the score test does not reject:
 
-    It holds the differences D that the score test does not reject: (only_a - only_b - count D)^2 <= z^2 count
-    (2 q + D (1 - D)), where q is the most likely share of `only_b` under D.
+        (only_a - only_b - count D)^2 <= z^2 count (2 q + D (1 - D)), q the most likely share of `only_b` under D
 
     Args:
         only_a, only_b: trials, of `count` in all, in which one alone succeeds; numbers or arrays.
     """
     difference = (only_a - only_b) / count
 
-    def rejected(d):
+    def accepted(d):
         b = (2 * count - only_a + only_b) * d - only_a - only_b
-        q = ((b**2 + 8 * count * only_b * d * (1 - d)) ** 0.5 - b) / (4 * count)
-        return (only_a - only_b - count * d) ** 2 > z**2 * count * (2 * q + d * (1 - d))
+        q = (np.maximum(b**2 + 8 * count * only_b * d * (1 - d), 0) ** 0.5 - b) / (4 * count)
+        return (only_a - only_b - count * d) ** 2 <= z**2 * count * (2 * q + d * (1 - d))
 
-    ends = []
-    for outside in (-1.0, 1.0):
-        inside = difference
-        for _ in range(40):
-            middle = (inside + outside) / 2
-            beyond = rejected(middle)
-            inside, outside = np.where(beyond, inside, middle), np.where(beyond, middle, outside)
-        ends.append((inside + outside) / 2)
-    return tuple(ends)
+    return bisect(accepted, difference, -1.0), bisect(accepted, difference, 1.0)
+
+
+def bisect(holds, inside, outside):
+    """Where, between `inside` and `outside`, numbers or arrays, `holds`, a function of arrays to booleans, ends to."""
+    for _ in range(40):
+        middle = (inside + outside) / 2
+        held = holds(middle)
+        inside, outside = np.where(held, middle, inside), np.where(held, outside, middle)
+    return inside
 
 
 def accuracy(correct):
@@ -67,25 +65,18 @@ def accuracy(correct):
 
 
 def paired_difference(a, b, z=Z95):
-    """How much more often `a` is right than `b` on the same trials, with its 95% interval: (difference, low, high).
-
-    The interval is Tango's, which keeps its coverage where the two seldom differ, and lies within [-1, 1].
-
-    Args:
-        a, b: 1 or 0 for right or wrong, of each trial in the same order; at least one trial.
-    """
-    only_a = sum(x > y for x, y in zip(a, b, strict=True))
-    only_b = sum(x < y for x, y in zip(a, b, strict=True))
-    low, high = matched_interval(only_a, only_b, len(a), z)
-    return (only_a - only_b) / len(a), float(low), float(high)
+    """How much more often `a` is right than `b`, 1 or 0 of each of the same trials, with its 95% interval, which is
+    Tango's and keeps its coverage where the two seldom differ: (difference, low, high) in [-1, 1]."""
+    signs = np.subtract(a, b, dtype=int)
+    low, high = matched_interval((signs > 0).sum(), (signs < 0).sum(), len(signs), z)
+    return float(signs.mean()), float(low), float(high)
 
 
 def trials_to_tell(a, b, z=Z95):
     """How many trials would show which of `a` and `b` is right more often, if their differences go on as they do (the
     interval of `paired_difference` then leaves out 0); None where they are right equally often."""
-    signs = [x - y for x, y in zip(a, b, strict=True)]
-    difference, disagreement = sum(signs) / len(signs), sum(map(abs, signs)) / len(signs)
-    return int(z**2 * disagreement / difference**2) + 1 if difference else None
+    signs = np.subtract(a, b, dtype=int)
+    return int(z**2 * np.abs(signs).mean() / signs.mean() ** 2) + 1 if signs.mean() else None
 
 
 def pairs_of(names):
@@ -184,9 +175,12 @@ def interval(m, squared_half_width):
     return matched_interval((m.square + m.mean) / 2 * trials, (m.square - m.mean) / 2 * trials, trials, 1.0)
 
 
+def summary(m, ends):
+    return {"mean": float(m.mean), "ci95": [float(end) for end in ends], "num_episodes": int(m.episodes)}
+
+
 def benchmark(m, pilot):
-    low, high = interval(m, squared_margin(m, pilot) / m.episodes)
-    return {"mean": float(m.mean), "ci95": [float(low), float(high)], "num_episodes": int(m.episodes)}
+    return summary(m, interval(m, squared_margin(m, pilot) / m.episodes))
 
 
 def benchmark_accuracy(hits, counts, pilot=None):
@@ -195,8 +189,7 @@ def benchmark_accuracy(hits, counts, pilot=None):
     The interval is Wilson's (`interval`, `squared_margin`). In simulated benchmarks it covers a in 93 to 97%, except
     where there are fewer than some eight wrong answers in all (more than 97%: it is too wide), and where most episodes
     are faultless and a few are bad, which no small sample shows (accuracies of 0.95 +- 0.1: 85% for 10 episodes, 89%
-    for 20, 94% for 100). One episode shows the spread of its queries only: the interval is then Wilson's own, and
-    speaks of that episode.
+    for 20, 94% for 100). Of one episode it is Wilson's own, and speaks of that episode's classes.
 
     Args:
         hits, counts: right answers and queries of each episode [P], or of its classes [P, classes], which alone makes
@@ -207,11 +200,9 @@ def benchmark_accuracy(hits, counts, pilot=None):
         episode, or one query a class), "episode_share": share of the mean's variance that comes from episodes, or None,
         "num_episodes", "num_queries": of all episodes}
     """
-    m, s2, share = accuracy_moments(hits, counts), None, None
-    queries = int(np.sum(counts))
+    m, s2, share, queries = accuracy_moments(hits, counts), None, None, int(np.sum(counts))
     if m.episodes == 1:
-        low, high = wilson_interval(np.sum(hits), queries)
-        result = {"mean": float(m.mean), "ci95": [float(low), float(high)], "num_episodes": 1}
+        result = summary(m, wilson_interval(np.sum(hits), queries))
     else:
         result = benchmark(m, pilot and accuracy_moments(hits[:pilot], counts[:pilot]))
         if np.min(counts) > 1:
@@ -222,9 +213,8 @@ def benchmark_accuracy(hits, counts, pilot=None):
 
 
 def benchmark_difference(a, b, pilot=None):
-    """How much more accurate method `a` is than `b` on the same queries of the same episodes, with its 95% interval.
-
-    The interval is Tango's (`interval`, `squared_margin`). One episode: that of `paired_difference`.
+    """How much more accurate method `a` is than `b` on the same queries of the same episodes, with its 95% interval:
+    Tango's (`interval`, `squared_margin`), and of one episode that of `paired_difference`.
 
     Args:
         a, b: 1 or 0, right or wrong, of each query, [P][classes][N], in the same order.
@@ -232,7 +222,7 @@ def benchmark_difference(a, b, pilot=None):
     Returns:
         {"mean", "ci95": [low, high], "num_episodes"}
     """
-    if len(a) == 1:
-        mean, low, high = paired_difference(*(np.hstack(x[0]) for x in (a, b)))
-        return {"mean": mean, "ci95": [low, high], "num_episodes": 1}
-    return benchmark(difference_moments(a, b), pilot and difference_moments(a[:pilot], b[:pilot]))
+    m = difference_moments(a, b)
+    if m.episodes == 1:
+        return summary(m, paired_difference(*(np.hstack(x[0]) for x in (a, b)))[1:])
+    return benchmark(m, pilot and difference_moments(a[:pilot], b[:pilot]))

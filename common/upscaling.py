@@ -4,24 +4,16 @@ import torch
 from safetensors.torch import load_file
 from torchvision.transforms.v2 import functional as TF
 
-from common.cli import UserError
+from common.cli import UserError, optional, refusing
 from common.images import load_image
 
 
 def load_upscaler(path, device):
-    """A super-resolution network, images [1, 3, h, w] to larger ones, from a checkpoint that spandrel knows.
-
-    Raises:
-        UserError: spandrel is not installed, or the file is no such checkpoint.
-    """
-    try:
-        from spandrel import ModelLoader
-    except ImportError as error:
-        raise UserError("--upscaler needs the package spandrel (pip install spandrel).") from error
-    try:
-        model = ModelLoader(device).load_from_state_dict(load_file(path))
-    except Exception as error:  # safetensors and spandrel raise their own kinds
-        raise UserError(f"--upscaler {path} is no safetensors checkpoint that spandrel knows: {error}") from error
+    """A super-resolution network, images [1, 3, h, w] to larger ones, from a safetensors checkpoint that spandrel
+    knows."""
+    loader = optional("spandrel", "--upscaler").ModelLoader(device)
+    with refusing(f"--upscaler {path} is no safetensors checkpoint that spandrel knows ({{error}})."):
+        model = loader.load_from_state_dict(load_file(path))
     if getattr(model, "input_channels", None) != 3 or model.scale < 2:
         raise UserError(f"--upscaler {path} does not make RGB images larger: give a super-resolution checkpoint.")
     return model.eval()

@@ -13,11 +13,8 @@ def placeholder_token(name):
 
 
 def add_new_words(pipe, names, args):
-    """Adds the classes' new words to the vocabulary, `<name>`, `<name>_1`, ... as diffusers loads them.
-
-    Returns:
-        the words, the id of the first new token, start vectors [num_classes, num_vectors, D], initialiser words
-    """
+    """Adds the classes' new words to the vocabulary, `<name>`, `<name>_1`, ... as diffusers loads them. Returns the
+    words, the id of the first new token, start vectors [num_classes, num_vectors, D], and initialiser words."""
     starts, initializers = zip(*(initial_vector(pipe, name, args) for name in names))
     words = [placeholder_token(name) for name in names]
     tokens = [word if k == 0 else f"{word}_{k}" for word in words for k in range(args.num_vectors)]

@@ -327,7 +327,9 @@ def test_dropblock_drops_whole_blocks_and_keeps_the_mean(side, size):
 def test_students_of_all_kinds_learn_are_saved_and_load(name, size, run_dir, tmp_path, monkeypatch):
     """And what a stranger loads answers as what was trained."""
     saved, save = [], models.save_model
-    monkeypatch.setattr(models, "save_model", lambda model, *args: saved.append(model) or save(model, *args))
+    monkeypatch.setattr(
+        models, "save_model", lambda model, *args, **how: saved.append(model) or save(model, *args, **how)
+    )
     distill.main(options(
         "--support_dir", run_dir / "support", "--train_dir", run_dir / "generated", "--output_dir", tmp_path,
         "--student", name, "--student_image_size", size, "--max_train_steps", 3, "--train_batch_size", 6,
@@ -337,7 +339,7 @@ def test_students_of_all_kinds_learn_are_saved_and_load(name, size, run_dir, tmp
     images, *_ = load_folder(run_dir / "support", size)
     with torch.no_grad():
         logits = loaded(models.normalize(loaded, images))
-        torch.testing.assert_close(logits, saved[0](models.normalize(saved[0], images)), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(logits, saved[-1](models.normalize(saved[-1], images)), rtol=1e-3, atol=1e-4)
     assert models.input_size(loaded) == (size, size) and logits.shape == (len(images), 2) and logits.isfinite().all()
 
 
