@@ -349,7 +349,6 @@ def main(args):
         pipe.vae.enable_tiling()
     if args.compile:
         pipe.unet.compile()
-
     finished = read_finished(args)
     plans = plan_images(folders, finished, args)
     rows = [row for plan in plans for row in plan]
@@ -390,13 +389,14 @@ def main(args):
                 path.unlink(missing_ok=True)
         with suppress(OSError):
             (output_dir / ROWS).rmdir()
-        save_overview(kept, folders, args)
+        if kept:
+            save_overview(kept, folders, args)
         if args.agreement and kept:
             try:
                 if teacher is None:
                     teacher, held_out = load_teacher(folders, args, device)
-                drawn = args.alpha == ["uniform"]
-                print(*agreement(output_dir, teacher, held_out, list(folders), drawn), sep="\n")
+                found = agreement(output_dir, teacher, held_out, list(folders), args.alpha == ["uniform"])
+                print(*found, sep="\n")
             except UserError as error:  # the images are there all the same
                 print(f"How often the teacher agrees is not known: {error}")
         print(

@@ -146,7 +146,10 @@ def read_json(path, kind=object):
 
 def keep_apart(args):
     """Raises a UserError where the output folder is an input folder, lies in one, or holds one, links being followed:
-    what is written would be taken for input, or written over it."""
+    what is written would be taken for input, or written over it. And where its name is no UTF-8: safetensors would not
+    read what it has written."""
+    if os.fsencode(args.output_dir) != str(args.output_dir).encode(errors="replace"):
+        raise UserError(f"--output_dir {args.output_dir!r}: that name is no UTF-8. Give another.")
     output = Path(args.output_dir).resolve()
     options = [name for name in vars(args) if name in INPUTS or (name.endswith("_dir") and name != "output_dir")]
     for option in options:

@@ -3,6 +3,7 @@
 import os
 import resource
 import runpy
+import signal
 import sys
 import tempfile
 from multiprocessing import get_context
@@ -13,7 +14,9 @@ FORKS.set_forkserver_preload(["tests.warm"])
 
 
 def become(command, cwd, out, err, environment, largest_file):
-    """Makes this process the script: `command` is a file or "-m" and a module, and its options."""
+    """Makes this process the script: `command` is a file or "-m" and a module, and its options. What it starts is of
+    its own group."""
+    os.setsid()
     for stream, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY), stream)
     os.chdir(cwd)
@@ -51,6 +54,6 @@ def run(command, cwd, timeout, largest_file=None):
         process = start(command, cwd, out, err, largest_file=largest_file)
         process.join(timeout)
         if process.is_alive():
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
             raise TimeoutError(f"{command} takes more than {timeout} s\n{out.read_text()}\n{err.read_text()}")
         return process.exitcode, out.read_text(), err.read_text()

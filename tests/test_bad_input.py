@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -295,6 +296,8 @@ def test_output_folder_that_is_a_file(folder):
     err = rejected("evaluate.py", "--model", "assets/student", "--data_dir", folder / "support",
                    "--support_dir", folder / "support", "--output_dir", folder / "out")  # fmt: skip
     assert "out: " in err
+    err = rejected("evaluate.py", "--data_dir", folder / "support", "--output_dir", os.fsdecode(b"caf\xe9"))
+    assert "--output_dir 'caf\\udce9': that name is no UTF-8" in err
 
 
 def test_files_of_the_user_are_not_written_over(run_dir, folder):
@@ -431,7 +434,9 @@ def test_damaged_configurations(run_dir, tmp_path):
     lists = damaged(run_dir / "student", tmp_path / "list")
     (lists / "config.json").write_text("[1]")
     names = damaged(run_dir / "student", tmp_path / "names", label_names={"a": 1})
-    for folder in (half, lists, names):
+    fewer = damaged(run_dir / "student", tmp_path / "fewer", label_names=["one of two"])
+    twice = damaged(run_dir / "student", tmp_path / "twice", label_names=["one", "one"])
+    for folder in (half, lists, names, fewer, twice):
         for command in (["export.py", "--model"], ["evaluate.py", "--data_dir", run_dir / "support", "--model"]):
             err = rejected(*command, folder, "--output_dir", tmp_path / "out")
             assert "config.json is damaged" in err
@@ -451,9 +456,11 @@ def test_int8_without_images_and_tensorrt_without_tensorrt(run_dir, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             export.main(export.parse_args([*map(str, options), *wrong]))
+    (tmp_path / "student_int8.onnx").touch()
     err = rejected("export.py", *options, "--runtime", "tensorrt")
     assert "pip install tensorrt" in err
-    assert (tmp_path / "student_fp32.onnx").is_file() and json.loads((tmp_path / "benchmark.json").read_text())
+    assert f"{tmp_path / 'student_int8.onnx'} is of an earlier export" in err
+    assert list(json.loads((tmp_path / "benchmark.json").read_text())["bytes"]) == ["student_fp32.onnx"]
 
 
 def test_episode_with_too_many_ways(tmp_path):

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from spandrel.architectures.ESRGAN import ESRGAN
 from torchvision.datasets import ImageFolder
 
+import tint_generate
 import tint_invert
 from benchmarks.flops import stable_diffusion_1_5
 from common import diffusion, models
@@ -244,6 +245,18 @@ def test_the_filter_drops_what_the_teacher_gives_to_another_class(run_dir, tmp_p
     assert "teacher_weights changed" in error
     loaded = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "filtered"), cache_dir=str(tmp_path / "c"))
     assert len(loaded["train"]) == 16 - len(wrong) and None not in loaded["train"]["image"]
+
+
+def test_a_filter_may_drop_everything(run_dir, tmp_path, monkeypatch, capsys):
+    def drop(rows, *_):
+        for row in rows:
+            row |= {"file_name": None, "dropped": "the teacher calls it another"}
+
+    monkeypatch.setattr(tint_generate, "drop_strangers", drop)
+    options = ["--inversion_dir", run_dir / "inversion", "--output_dir", tmp_path, "--num_images_per_class", 1]
+    tint_generate.main(tint_generate.parse_args([*map(str, options), "--filter_threshold", "0.5"]))
+    assert "0 images in" in capsys.readouterr().out and not rows_of(tmp_path)
+    assert len(rows_of(tmp_path, "dropped.jsonl")) == 2
 
 
 def test_generated_folders_open_as_the_libraries_expect(run_dir, tmp_path):
