@@ -32,6 +32,7 @@ from common.cli import (
     argument_parser,
     natural_int,
     non_negative,
+    note,
     positive,
     positive_int,
     positive_share,
@@ -205,9 +206,12 @@ def rehearse(student, num_classes, args):
 
 def list_others(args):
     """The folder of labelled images and the files of unlabelled ones that are to be trained on beside the supports."""
+    others = args.train_dir or args.unlabeled_dir
     if args.supports_only:
+        if others:
+            note(f"--supports_only: {others} is left out")
         return None, []
-    train_dir = args.train_dir or (None if args.unlabeled_dir else TRAIN_DIR)
+    train_dir = args.train_dir or (None if others else TRAIN_DIR)
     return train_dir, find_images(args.unlabeled_dir) if args.unlabeled_dir else []
 
 

@@ -38,15 +38,16 @@ import distill
 import tint_generate
 import tint_invert
 from common import datasets, episodes, models, planning, statistics
-from common.cli import UserError, argument_parser, named_paths, non_negative, note, positive, positive_int, run, share
+from common.cli import UserError, argument_parser, named_paths, non_negative, positive, positive_int, run, share
 from common.generated import evaluate_generated
-from common.images import copies, list_images, load_image, with_labels
+from common.images import count_supports, list_images, load_image, with_labels
 from common.processes import start
 from common.records import provenance, write_json
 from common.report import data_uri, generated_table, points, with_interval, write_report
 from common.runtimes import OPENED_BY, open_exported
 
 STAGES = {"invert": tint_invert, "generate": tint_generate, "distill": distill}  # that the arms of an episode run
+MODEL = ["outputs/demo/student"]
 OPTIONS = ("model", "data_dir", "support_dir", "teacher_image_size", "batch_size", "seed")  # that count on a folder
 
 
@@ -160,10 +161,7 @@ def evaluate_folder(args, accelerator):
     args.data_dir = args.data_dir or "outputs/demo/query"
     by_class = list_images(args.data_dir)
     classes, (paths, labels) = list(by_class), with_labels(by_class)
-    supports, _ = with_labels(list_images(args.support_dir)) if args.support_dir else ([], None)
-    if known := len(copies(paths, supports)):
-        note(f"{known} of {len(paths)} images of {args.data_dir} are supports, which models know by heart")
-
+    known = count_supports(paths, args.data_dir, args.support_dir)
     methods = {}
     for name, path in named_paths(args.model).items():
         classifier, names, size, kind = load_classifier(path, classes, args, accelerator.device)
@@ -192,6 +190,11 @@ def in_words(results):
 
 
 def main(args):
+    kinds = [f"--{name}" for name in ("plan", "dataset", "generated_dir") if vars(args)[name]]
+    if len(kinds) > 1:
+        raise UserError(f"{' and '.join(kinds)} measure different things: give one of them.")
+    if args.dataset and (args.data_dir or args.support_dir or args.model != MODEL):
+        raise UserError("--dataset measures --methods on episodes: leave out --model, --data_dir and --support_dir.")
     if args.plan:
         planning.print_plan(args)
         return
@@ -224,7 +227,7 @@ def parse_args(argv=None):
     add("--teacher_image_size", type=positive_int, help="the teacher's input side; default: its own")
     add("--batch_size", type=positive_int, default=64, help="images classified together")
     add = parser.add_argument_group("models on a folder").add_argument
-    add("--model", nargs="+", default=["outputs/demo/student"], metavar="[NAME=]PATH", help="model folders, timm names "
+    add("--model", nargs="+", default=MODEL, metavar="[NAME=]PATH", help="model folders, timm names "
         "or files of export.py; those that know none of the classes, and prototypes:PATH whatever it knows, classify "
         "by prototypes of --support_dir")  # fmt: skip
     add("--data_dir", help="the images to measure on: one folder per class; default: outputs/demo/query")

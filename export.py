@@ -18,7 +18,7 @@ from timm.utils import reparameterize_model
 
 from common import models
 from common.cli import UserError, argument_parser, note, positive_int, run
-from common.images import as_tensor, load_folder
+from common.images import as_tensor, count_supports, load_folder
 from common.preprocessing import CentralSquare, WithPreprocessing
 from common.processes import start
 from common.quantization import convert_int8
@@ -189,7 +189,8 @@ def read_images(args, model, classes):
         found.append(torch.randint(256, (64, 3, *size), generator=torch.Generator().manual_seed(args.seed)) / 255)
     images = queries = torch.cat(found)
     if args.query_dir:
-        queries, labels, *_ = load_folder(args.query_dir, size[0], classes)
+        queries, labels, _, paths = load_folder(args.query_dir, size[0], classes)
+        count_supports(paths, args.query_dir, args.support_dir)
     return images, queries, labels
 
 

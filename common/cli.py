@@ -148,7 +148,7 @@ def named_paths(specs):
     paths = {}
     for spec in specs:
         name, separator, path = spec.partition("=")
-        named = separator and "/" not in name
+        named = separator and "/" not in name and not Path(spec).exists()
         paths[name if named else spec] = path if named else spec
     if len(paths) < len(specs):
         raise UserError(f"{' '.join(specs)}: two have the same name; say NAME=PATH.")

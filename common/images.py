@@ -113,6 +113,14 @@ def copies(paths, originals):
     return {path: known[content] for path in paths if (content := path.read_bytes()) in known}
 
 
+def count_supports(paths, folder, support_dir):
+    """How many of the test images in a folder are supports, which is also said."""
+    supports, _ = with_labels(list_images(support_dir)) if support_dir else ([], None)
+    if known := len(copies(paths, supports)):
+        note(f"{known} of {len(paths)} images of {folder} are supports, which models know by heart")
+    return known
+
+
 def require_unseen(queries, trained_on):
     """Raises a UserError where a test image is, to the byte, one that is trained on."""
     for query, twin in copies(queries, trained_on).items():

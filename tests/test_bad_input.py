@@ -316,6 +316,20 @@ def test_files_of_the_user_are_not_written_over(run_dir, folder):
         shutil.rmtree(folder / "mine")
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("--plan --dataset icons_fs", "--plan and --dataset measure different things"),
+        ("--dataset icons_fs --generated_dir x", "--dataset and --generated_dir measure different things"),
+        ("--dataset icons_fs --model x", "--dataset measures --methods on episodes: leave out --model"),
+        ("--dataset icons_fs --support_dir x", "--dataset measures --methods on episodes: leave out --model"),
+    ],
+)
+def test_options_that_would_count_for_nothing(options, message):
+    with pytest.raises(UserError, match=message):
+        evaluate.main(evaluate.parse_args(options.split()))
+
+
 def test_damaged_records_of_all_kinds(tmp_path):
     """JSON of another form, or nested beyond what Python reads, in what scripts keep for their next start."""
     path = tmp_path / ".partial-x" / "classes.json"
