@@ -55,10 +55,7 @@ def load_classifier(path, classes, args, device):
     """What classifies images [B, 3, H, W] in [0, 1]: (function to logits, class names, input side, kind).
 
     The kind is "head" where the model knows the folder's classes, and "prototypes" (of --support_dir) where it knows
-    none of them, as a backbone does, or where they are asked for by prototypes:PATH.
-
-    Raises:
-        UserError: a model knows some of the classes only; no such file or model; no supports to make prototypes of.
+    none of them, as a backbone does, or where they are asked for by prototypes:PATH. One that knows some is refused.
     """
     path, by_prototypes = path.removeprefix("prototypes:"), path.startswith("prototypes:")
     if Path(path).suffix in OPENED_BY:

@@ -76,13 +76,8 @@ def images_below(folders, root):
 
 
 def list_images(folder, classes=None):
-    """{class name: [paths of its images, in folders below it too]} of a folder of class folders, sorted by name.
-
-    A UserError tells of a missing folder, no class folders, other classes, or one without an image.
-
-    Args:
-        classes: the classes that the folder must have, and their order; default all that it has.
-    """
+    """{class name: [paths of its images, in folders below it too]} of a folder of class folders, sorted by name; or of
+    one that must have these `classes`, in their order. Each has an image at least."""
     folder = require_folder(folder, "It should hold one folder of images per class.")
     found = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not found:
@@ -165,13 +160,8 @@ def load_image(path, size=None):
 
 
 def load_folder(folder, size=None, classes=None):
-    """All images of a folder of class folders: images [N, 3, size, size] in [0, 1], labels [N] (indices into classes),
-    classes, paths [N].
-
-    Args:
-        size: side of the square that all are resized to; None keeps sizes, which must then be equal.
-        classes: as those of `list_images`.
-    """
+    """All that `list_images` finds: images [N, 3, size, size] in [0, 1], labels [N] (indices into classes), classes,
+    paths [N]. Without `size` all must be of one."""
     by_class = list_images(folder, classes)
     paths, labels = with_labels(by_class)
     return torch.stack([load_image(path, size) for path in paths]), labels, list(by_class), paths

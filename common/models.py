@@ -30,13 +30,8 @@ PICKLE = ValueError("its weights are a pickle file, and only safetensors are rea
 
 
 def load_model(name_or_path, pretrained=True, image_size=None, checkpoint=None, **kwargs):
-    """A timm model in eval mode from a model folder, a timm name, or a hub name (`hf-hub:...`); a UserError says what
-    cannot be loaded.
-
-    Args:
-        image_size: input side, default the model's own.
-        checkpoint: a safetensors file whose weights replace the model's, but for the classifier's.
-    """
+    """A timm model in eval mode from a model folder, a timm name, or a hub name (`hf-hub:...`), of its own input side
+    or `image_size`. The weights of a safetensors file `checkpoint` replace the model's, but for the classifier's."""
     folder = Path(name_or_path)
     if folder.is_dir():
         if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():

@@ -65,9 +65,8 @@ def plan(m, episode_seconds, query_seconds, half_width=None, budget_seconds=None
     """The cheapest benchmark whose interval has `half_width`, or the most precise one within `budget_seconds`.
 
     Without rounding, Q = sqrt(v / s2 * episode_seconds / query_seconds): an episode that costs much is worth many
-    queries, until these say less than the next episode would. All multiples of `ways` are tried.
-
-    A ValueError tells of impossible wishes or numbers.
+    queries, until these say less than the next episode would. All multiples of `ways` are tried. A ValueError tells of
+    impossible wishes or numbers.
 
     Args:
         m: Moments of a pilot, or of endless episodes. max_queries: the most that an episode has.
@@ -123,10 +122,8 @@ def next_stage(pilot, m, half_width):
     from now on: all, if it was too short.
 
     Stein's rule for the pilot, and the same for all episodes so far, should these vary more. Both look at how wide the
-    interval is and never at where it lies, so that stopping by them favours no outcome.
-
-    Args:
-        pilot, m: Moments of the pilot's episodes and of all P, with the same number of queries; numbers or arrays.
+    interval is and never at where it lies, so that stopping by them favours no outcome. The Moments `pilot` and `m`, of
+    the pilot's episodes and of all P, with the same number of queries, may be of numbers or arrays.
     """
     needed = statistics.squared_margin(m, pilot) / largest_square(m, half_width)
     needed = np.where(needed <= m.episodes, m.episodes, np.ceil(MARGIN * needed))

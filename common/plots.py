@@ -63,12 +63,8 @@ def write_beside(axes, labels):
 
 @matplotlib.rc_context(STYLE)
 def interval_plot(rows, label, zero=False, lines=()):
-    """Points with whiskers, one below the other, on an axis of that label.
-
-    Args:
-        rows: (name, mean, low, high) of each. zero: whether to mark it.
-        lines: values, one for each row, to draw as a thin line from row to row.
-    """
+    """Points with whiskers, one below the other, on an axis of that label, of rows (name, mean, low, high). `zero` is
+    marked if wished; `lines`, each of a value for each row, run thinly from row to row."""
     axes = new_axes(34 * len(rows) + 45)
     if len(lines):
         opacity = max(0.08, min(0.7, 12 / len(lines)))
@@ -86,12 +82,8 @@ def interval_plot(rows, label, zero=False, lines=()):
 
 @matplotlib.rc_context(STYLE)
 def alpha_plot(series, label, yardstick=None):
-    """Values of that label against alpha, a line for each series.
-
-    Args:
-        series: {name: rows (alpha, value) or (alpha, value, low, high), the latter with whiskers}.
-        yardstick: (name, value) of a dashed line.
-    """
+    """Values of that label against alpha, a line for each series, {name: rows (alpha, value), or (alpha, value, low,
+    high) with whiskers}; and a dashed one at a yardstick (name, value)."""
     axes, labels = new_axes(230), []
     for (name, rows), colour in zip(series.items(), cycle(COLOURS)):
         alphas, values, *interval = zip(*sorted(rows))
@@ -110,11 +102,8 @@ def alpha_plot(series, label, yardstick=None):
 
 @matplotlib.rc_context(STYLE)
 def calibration_plot(bins):
-    """Accuracy against confidence in percent; the area of a point stands for the number of images of its bin.
-
-    Args:
-        bins: {"count", "confidence", "accuracy"} of each, the latter two in [0, 1], or None where it is empty.
-    """
+    """Accuracy against confidence in percent; the area of a point stands for the number of images of its bin, {"count",
+    "confidence", "accuracy"}, the latter two in [0, 1], or None where it is empty."""
     axes, bins = new_axes(260), [row for row in bins if row["count"]]
     axes.axline((0, 0), slope=1, color=PAGE["soft"], linestyle="--", linewidth=1)
     axes.scatter(
@@ -127,11 +116,8 @@ def calibration_plot(bins):
 
 @matplotlib.rc_context(STYLE)
 def latency_plot(rows):
-    """Accuracy in percent from left to right, latency in milliseconds upwards, on a logarithmic axis.
-
-    Args:
-        rows: (name, milliseconds, mean, low, high); the last three are None where the accuracy is not known.
-    """
+    """Accuracy in percent from left to right, latency in milliseconds upwards, on a logarithmic axis, of rows (name,
+    milliseconds, mean, low, high), the last three None where the accuracy is not known."""
     axes, labels = new_axes(max(240, 15 * len(rows) + 60)), []
     for (name, ms, mean, low, high), colour in zip(rows, cycle(COLOURS)):
         if mean is None:

@@ -36,13 +36,9 @@ def list_samples(folder, classes):
 
 
 def open_samples(folder, size=None, wanted=None):
-    """The rows of metadata and PIL images of a folder of either kind, one after the other, without what was dropped.
-
-    Images that metadata.jsonl does not know have rows of `file_name` and `label`.
-
-    Args:
-        size: side of the central square that all become; None keeps them as they are. wanted: file names; default: all.
-    """
+    """The rows of metadata and PIL images of a folder of either kind, one after the other, without what was dropped: of
+    `wanted` file names or all, as they are or as central squares of side `size`. Images that metadata.jsonl does not
+    know have rows of `file_name` and `label`."""
     folder = Path(folder)
     shards = sorted(folder.glob("*.tar"))
     for row, source in read_shards(folder, shards) if shards else read_folder(folder):

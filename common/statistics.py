@@ -36,8 +36,7 @@ def matched_interval(only_a, only_b, count, z=Z95):
 
         (only_a - only_b - count D)^2 <= z^2 count (2 q + D (1 - D)), q the most likely share of `only_b` under D
 
-    Args:
-        only_a, only_b: trials, of `count` in all, in which one alone succeeds; numbers or arrays.
+    `only_a` and `only_b` of `count` trials are those in which one alone succeeds; numbers or arrays.
     """
     difference = (only_a - only_b) / count
 
@@ -103,14 +102,11 @@ class Moments:
 
 
 def moments(sums, squares, counts, lowest=0):
-    """The Moments of episodes' scores.
+    """The Moments of episodes of which are known the sums of the scores, those of their squares, and their number, in
+    each class of each episode, [..., P, classes]; one without queries has not been run and does not count.
 
     The variance that queries give to an episode's mean is estimated within classes. A class of one query shows none:
     its score is taken to vary as much as all scores do, which makes s2 too small.
-
-    Args:
-        sums, squares, counts: of the scores, of their squares, and their number, in each class of each episode,
-            [..., P, classes]. An episode without queries has not been run and does not count.
     """
     sums, squares, counts = (np.asarray(x, float) for x in (sums, squares, counts))
     queries = counts.sum(-1)
@@ -154,10 +150,8 @@ def squared_margin(m, pilot=None):
 
     Student's quantile squared times the episodes' variance. Few episodes may happen to vary less than their queries
     alone make them: at least, the variance of queries counts, v / Q with the normal quantile (many queries tell v), or
-    what is less, the episodes' variance and that of rounding to whole queries, 1 / (12 Q^2), with Student's.
-
-    Args:
-        pilot: Moments of those of the episodes that decided on P (Stein, 1945): what they say counts if it is more.
+    what is less, the episodes' variance and that of rounding to whole queries, 1 / (12 Q^2), with Student's. What the
+    Moments of a `pilot` say, of those of the episodes that decided on P (Stein, 1945), counts if it is more.
     """
     if pilot is not None:
         return PLANNED * np.maximum(squared_margin(m), squared_margin(pilot))
@@ -213,15 +207,9 @@ def benchmark_accuracy(hits, counts, pilot=None):
 
 
 def benchmark_difference(a, b, pilot=None):
-    """How much more accurate method `a` is than `b` on the same queries of the same episodes, with its 95% interval:
-    Tango's (`interval`, `squared_margin`), and of one episode that of `paired_difference`.
-
-    Args:
-        a, b: 1 or 0, right or wrong, of each query, [P][classes][N], in the same order.
-        pilot: as in `benchmark_accuracy`.
-    Returns:
-        {"mean", "ci95": [low, high], "num_episodes"}
-    """
+    """How much more accurate method `a` is than `b`, {"mean", "ci95", "num_episodes"}, by the same queries of the same
+    episodes, 1 or 0 of each, [P][classes][N]. The interval is Tango's (`interval`, `squared_margin`), of one episode
+    that of `paired_difference`; `pilot` as in `benchmark_accuracy`."""
     m = difference_moments(a, b)
     if m.episodes == 1:
         return summary(m, paired_difference(*(np.hstack(x[0]) for x in (a, b)))[1:])
