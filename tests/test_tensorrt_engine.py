@@ -308,7 +308,7 @@ def test_the_timing_cache_is_read_and_written(install, tmp_path):
         ({"builds": False}, "11.4.0 cannot build .*student.onnx"),
         (
             {"gpu": None},
-            "no usable GPU or driver .factory function returned nullptr.*trtexec --onnx=.*student.onnx",
+            "no usable GPU or driver .*factory function returned nullptr.*trtexec --onnx=.*student.onnx",
         ),
     ],
 )

@@ -9,7 +9,7 @@ import logging
 
 import torch
 
-from common.cli import UserError
+from common.cli import UserError, refusing
 from common.models import input_size
 from common.preprocessing import WithPreprocessing
 from common.records import whole_file
@@ -31,13 +31,9 @@ def build_package(module, classes, batch_size, device, path, max_batch_size=256)
     from torch._inductor.cpp_builder import get_cpp_compiler  # takes a second to import
     from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
 
-    try:
+    install = "install one (Debian: apt-get install g++), or name it in the environment variable CXX."
+    with refusing(f"{path} needs a C++ compiler, and none is found: {install}", InvalidCxxCompiler):
         get_cpp_compiler()
-    except InvalidCxxCompiler as error:
-        raise UserError(
-            f"{path} needs a C++ compiler, and none is found: install one (Debian: apt-get install g++), or name it "
-            "in the environment variable CXX."
-        ) from error
     size = input_size(module.model)
     smallest, largest = (batch_size, batch_size) if batch_size else (1, max_batch_size)
     # Of one example image the compiler would conclude that there is always one.
@@ -85,16 +81,13 @@ class AotInductor(Runtime):
         return {"fp32": student.folder / "student.pt2"} if device == student.device else {}
 
     def __init__(self, path, device, num_threads=None):
-        try:
+        with refusing(f"{path} is no package for this machine and torch ({{error}}): export it here."):
             package = torch._inductor.aoti_load_package(str(path), device_index=device.index or -1)
             metadata = package.get_metadata()
             self.classes = metadata["classes"].split("\n")
             self.pretrained_cfg = {"input_size": (3, *map(int, metadata["input_size"].split()))}
             smallest, self.max_batch_size = map(int, metadata["batch_sizes"].split())
             compiled_for = metadata["AOTI_DEVICE_KEY"]
-        except (RuntimeError, KeyError) as error:
-            reason = str(error).partition("\n")[0]
-            raise UserError(f"{path} is no package for this machine and torch ({reason}): export it here.") from error
         if compiled_for != device.type:
             raise UserError(f"{path} was compiled for {compiled_for}, not {device.type}: export it again.")
         self.fixed = smallest == self.max_batch_size

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.cli import UserError
+from common.cli import refusing
 from common.models import normalize, resize
 
 
@@ -66,13 +66,10 @@ class Runtime:
     @classmethod
     def require(cls):
         """Raises a UserError, which says what to install, where the runtime cannot be imported."""
-        if cls.module is None:
-            return
-        try:
-            importlib.import_module(cls.module)
-        except ImportError as error:
+        if cls.module:
             package = cls.module.partition(".")[0]
-            raise UserError(f"{cls.title} cannot be imported ({error}): pip install {package}.") from error
+            with refusing(f"{cls.title} cannot be imported ({{error}}): pip install {package}.", ImportError):
+                importlib.import_module(cls.module)
 
     @classmethod
     def build(cls, student):

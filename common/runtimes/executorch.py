@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from common.cli import UserError
+from common.cli import UserError, refusing
 from common.models import input_size
 from common.preprocessing import WithPreprocessing
 from common.records import read_json, whole_file, write_json
@@ -89,11 +89,9 @@ class ExecuTorch(Runtime):
         if not facts.is_file():
             raise UserError(f"{facts} is missing: export.py writes it beside the program.")
         self.describe(read_json(facts))
-        try:
+        with refusing(f"{path} is no program for this ExecuTorch ({{error}}): export it again.", RuntimeError):
             self.program = Programs.get().load_program(Path(path))  # it has to outlive the method
             self.method = self.program.load_method("forward")
-        except RuntimeError as error:
-            raise UserError(f"{path} is no program for this ExecuTorch ({error}): export it again.") from error
 
     def run(self, inputs):
         return self.method.execute([inputs])[0]

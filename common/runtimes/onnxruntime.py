@@ -4,7 +4,7 @@ import onnx
 import onnxruntime
 import torch
 
-from common.cli import UserError
+from common.cli import refusing
 from common.runtimes.base import Runtime
 
 
@@ -34,15 +34,13 @@ class OnnxRuntime(Runtime):
         providers = ["CPUExecutionProvider"]
         if device.type == "cuda" and has_cuda_provider():
             providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.index or 0}))
-        try:
+        with refusing(f"{path} is no ONNX file of export.py ({{error}}): export the model again."):
             metadata = metadata_of(path)
             if metadata.get("int8_for_tensorrt") == "true":
                 # Q/DQ nodes to the letter: with 8-bit weights the integer kernels of many CPUs overflow.
                 options.add_session_config_entry("session.disable_quant_qdq", "1")
             self.session = onnxruntime.InferenceSession(str(path), options, providers=providers)
             self.describe(metadata)
-        except Exception as error:  # ONNX Runtime raises kinds of its own
-            raise UserError(f"{path} is no ONNX file of export.py ({error}): export the model again.") from error
 
     def run(self, inputs):
         return torch.from_numpy(self.session.run(None, {"images": inputs.numpy()})[0])

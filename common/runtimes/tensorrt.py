@@ -4,13 +4,14 @@ By the calls that the documentation of TensorRT 11 gives; 10 works too. Networks
 precision of the ONNX file's tensors and Q/DQ nodes, so an fp16 or int8 engine is made from an fp16 or int8 file.
 """
 
+import importlib
 import shlex
 from pathlib import Path
 
 import onnx
 import torch
 
-from common.cli import UserError
+from common.cli import UserError, refusing
 from common.records import read_json, whole_file, write_json
 from common.runtimes.base import Runtime
 
@@ -21,15 +22,12 @@ def import_tensorrt(ready):
     Raises:
         UserError: it cannot be imported.
     """
-    try:
-        import tensorrt
-    except Exception as error:  # without its libraries it fails in several ways
-        raise UserError(
-            f"TensorRT cannot be imported ({error}). With an NVIDIA GPU: pip install tensorrt (CUDA 13) or "
-            "tensorrt-cu12 (CUDA 12), which bring the libraries of the same version; on a Jetson: sudo apt-get install "
-            f"nvidia-jetpack, and a virtual environment with --system-site-packages. {ready}"
-        ) from error
-    return tensorrt
+    with refusing(
+        "TensorRT cannot be imported ({error}). With an NVIDIA GPU: pip install tensorrt (CUDA 13) or tensorrt-cu12 "
+        "(CUDA 12), which bring the libraries of the same version; on a Jetson: sudo apt-get install nvidia-jetpack, "
+        f"and a virtual environment with --system-site-packages. {ready}"
+    ):  # without its libraries it fails in several ways
+        return importlib.import_module("tensorrt")
 
 
 def profile_shapes(onnx_path, batch_sizes):
@@ -56,10 +54,8 @@ def build_engine(onnx_path, engine_path, opt_batch_size, max_batch_size, workspa
     by_hand = f"{onnx_path} is ready; where trtexec is, this builds the engine too: {shlex.join(command)}"
     trt = import_tensorrt(by_hand)
     logger = trt.Logger(trt.Logger.WARNING)
-    try:
+    with refusing(f"TensorRT {trt.__version__} finds no usable GPU or driver ({{error}}). {by_hand}"):
         builder = trt.Builder(logger)
-    except Exception as error:
-        raise UserError(f"TensorRT {trt.__version__} finds no usable GPU or driver ({error}). {by_hand}") from error
     strongly_typed = 0  # always so since 11, where the flag is deprecated
     if int(trt.__version__.split(".")[0]) < 11:
         strongly_typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
