@@ -54,7 +54,7 @@ def bisect(holds, inside, outside):
         middle = (inside + outside) / 2
         held = holds(middle)
         inside, outside = np.where(held, middle, inside), np.where(held, outside, middle)
-    return inside
+    return inside[()]  # of no dimensions: a number
 
 
 def accuracy(correct):
