@@ -7,6 +7,7 @@ unseen classes all are of the pool "episode": no model here has seen the objects
 """
 
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,18 +28,12 @@ def load_drawings():
     return json.loads((FOLDER / "drawings.json").read_text())
 
 
-def load_sheet(path):
-    """The tiles of a sheet as a float tensor [N, C, 32, 32] in [0, 1]; the last may be spare ones."""
-    sheet = TF.to_dtype(TF.to_image(Image.open(path)), torch.float32, scale=True)
+def load_class(name, count=None, kind="sheets"):
+    """The first `count` drawings of a class, or all and spare ones, as a float tensor [count, 3, 32, 32] in [0, 1]."""
+    sheet = TF.to_dtype(TF.to_image(Image.open(FOLDER / kind / f"{name}.png")), torch.float32, scale=True)
     tiles = sheet.unfold(1, SIDE, SIDE).unfold(2, SIDE, SIDE)  # [C, rows, COLUMNS, SIDE, SIDE]
-    return tiles.flatten(1, 2).movedim(1, 0)
+    return tiles.flatten(1, 2).movedim(1, 0)[:count]
 
 
-def load_class(name, count=None):
-    """The first `count` drawings of a class, or all, as a float tensor [count, 3, 32, 32] in [0, 1]."""
-    return load_sheet(FOLDER / "sheets" / f"{name}.png")[:count]
-
-
-def load_ink(name, count=None):
-    """How much of each pixel is ink, [count, 1, 32, 32] in [0, 1]; zero for drawings of several colours."""
-    return load_sheet(FOLDER / "ink" / f"{name}.png")[:count]
+# How much of each pixel is ink, [count, 1, 32, 32] in [0, 1]; zero for drawings of several colours.
+load_ink = partial(load_class, kind="ink")
