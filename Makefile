@@ -1,5 +1,5 @@
 # make demo: the whole path on one episode of Icons-FS.   make test: lint and tests.
-# PYTHON chooses the interpreter (3.10 or newer).
+# make node_modules/onnxruntime-web: what pages for browsers run on.   PYTHON chooses the interpreter (3.10 or newer).
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -24,5 +24,10 @@ lint: .venv/installed-dev
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	touch $@
 
+node_modules/onnxruntime-web: common/runtimes/web.py
+	npm install --no-save --no-audit --no-fund --ignore-scripts \
+	    onnxruntime-web@$(shell sed -n 's/^VERSION = "\(.*\)".*/\1/p' $<)
+	touch $@
+
 clean:
-	rm -rf .venv outputs
+	rm -rf .venv node_modules outputs

@@ -26,6 +26,7 @@ from common.images import list_images, require_unseen
 from common.processes import generator, stopwatch
 from common.records import blaming, fingerprint, keep_apart, read_json, whole_folder, write_json
 from common.report import better, points, with_interval
+from common.runtimes.web import serving
 from common.statistics import trials_to_tell
 
 HERE = Path(__file__).resolve().parent
@@ -45,7 +46,7 @@ STAGES = {  # each word is filled in on its own, so that paths may hold spaces
     "evaluate_generated": "evaluate.py --generated_dir generated={root}/generated --support_dir {support}"
                           " --data_dir {query} --teacher {teacher} --output_dir {root}/evaluation_generated",
     "export": "export.py --model {root}/student --data_dir {root}/generated --query_dir {query}"
-              " --support_dir {support} --teacher {teacher} --benchmark --output_dir {root}/export",
+              " --support_dir {support} --teacher {teacher} --benchmark --web --output_dir {root}/export",
 }  # fmt: skip
 TITLES = {
     "teacher": "teacher (cosine prototypes)",
@@ -202,15 +203,12 @@ def conclusion(summary, root):
     ours, count = ("student_tint", "student_supports"), summary["accuracy"]["student_tint"]["count"]
     pair = next(pair for pair in summary["paired_differences"] if (pair["a"], pair["b"]) == ours)
     found = f"{points(pair['mean'], *pair['ci95'])} points on {count} test photos"
-    if better(pair) == "student_tint":
-        return f"The student distilled on generated images is better: {found}. Take {root}/student."
-    if better(pair) == "student_supports":
-        return f"The student distilled on the photos alone is better: {found}. Take {root}/student_supports."
-    enough = f"If the difference is as large as it looks, about {summary['photos_to_tell']} could."
-    equal = "They were right equally often."
-    return f"Which student is better cannot be told: generated images minus photos alone, {found}. " + (
-        enough if summary["photos_to_tell"] else equal
-    )
+    if winner := better(pair):
+        return f"The {TITLES[winner]} is better: {found}. Take {root}/{winner.removesuffix('_tint')}."
+    looks = "They were right equally often."
+    if wanted := summary["photos_to_tell"]:
+        looks = f"If the difference is as large as it looks, about {wanted} could."
+    return f"Which student is better cannot be told: generated images minus photos alone, {found}. {looks}"
 
 
 def main(args):
@@ -244,6 +242,7 @@ def main(args):
     print("latency of one image: " + ", ".join(f"{k} {v:.2f} ms" for k, v in summary["latency_ms"].items()))
     print(f"pictures: {root}/generated/grid.png, {root}/inversion/*/reconstruction.png")
     print(f"reports: {', '.join(str(path) for path in sorted(root.glob('*/report.html')))}")
+    print(f"in a browser, with its camera: {serving(root / 'export' / 'web')}")
 
 
 def parse_args(argv=None):

@@ -1,7 +1,7 @@
-"""Exports a student to ONNX (fp32, fp16, int8), TensorRT and a package for C++, checks that it still answers the same,
-and times it beside its teacher.
+"""Exports a student to ONNX (fp32, fp16, int8), and to what GPUs, C++ programs, phones and browsers run; checks that it
+still answers the same, and times it beside its teacher.
 
-accelerate launch export.py --model outputs/demo/student --benchmark --teacher assets/teacher
+python export.py --model outputs/demo/student --benchmark --teacher assets/teacher --web
 """
 
 import copy
@@ -15,6 +15,7 @@ import torch
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxruntime.transformers.onnx_model import OnnxModel
 from timm.utils import reparameterize_model
+from tqdm.auto import tqdm
 
 from common import models
 from common.cli import UserError, argument_parser, note, positive_int, run
@@ -23,11 +24,12 @@ from common.preprocessing import CentralSquare, WithPreprocessing
 from common.processes import start
 from common.quantization import convert_int8
 from common.records import provenance, whole_file, write_json
-from common.report import fidelity_table, latency_table, points, write_report
+from common.report import points, write_report
 from common.runtimes import RUNTIMES
 from common.runtimes.base import Student, as_input, log_probabilities
 from common.runtimes.latency import latency
 from common.runtimes.pytorch import PyTorch
+from common.runtimes.web import PACKAGE, find_package, serving, write_page
 from common.shards import open_samples
 from common.statistics import accuracy, paired_difference
 
@@ -57,15 +59,14 @@ def export_graph(module, example, output, dynamic_shapes):
     return program.model_proto
 
 
-def export_fp32(model, args):
-    """The student in single precision: "images", normalised float32 [batch, 3, h, w], to "logits" [batch, classes]; or,
-    with --include_preprocessing, uint8 [batch, h, w, 3] to "probabilities"."""
-    count, size = args.batch_size or 2, models.input_size(model)
-    batch = {} if args.batch_size else {0: "batch"}
-    if not args.include_preprocessing:
-        return export_graph(model, torch.zeros(count, 3, *size), "logits", batch)
-    images = torch.zeros(count, *size, 3, dtype=torch.uint8)
-    return export_graph(WithPreprocessing(model), images, "probabilities", batch)
+def export_fp32(model, batch_size=None, preprocessing=True):
+    """The student in single precision: uint8 "images" [batch, h, w, 3] to "probabilities" [batch, classes]; or, without
+    preprocessing, normalised float32 [batch, 3, h, w] to "logits"."""
+    count, size, batch = batch_size or 2, models.input_size(model), {} if batch_size else {0: "batch"}
+    if preprocessing:
+        images = torch.zeros(count, *size, 3, dtype=torch.uint8)
+        return export_graph(WithPreprocessing(model), images, "probabilities", batch)
+    return export_graph(model, torch.zeros(count, 3, *size), "logits", batch)
 
 
 def convert_fp16(fp32):
@@ -75,7 +76,7 @@ def convert_fp16(fp32):
     return model.model
 
 
-def of_any_size(graph, size, batch_size):
+def of_any_size(graph, size, batch_size=None):
     """Lets a graph of uint8 images [batch, h, w, 3] take images of any height and width, which must be equal within a
     batch: their central squares are resized before it as for PyTorch."""
     example = torch.zeros(batch_size or 2, size[0] + 3, size[1] + 5, 3, dtype=torch.uint8)
@@ -146,12 +147,12 @@ def verdict(fidelity):
     count = max(facts["accuracy"]["count"] for facts in fidelity.values())
     sentences, rest = [], []
     for name, change in changes.items():
+        found = points(change["mean"], *change["ci95"])
         if change["mean"] >= -TOLERATED_LOSS:
             rest.append(name)
         elif change["ci95"][1] < 0:
-            sentences.append(f"{name} LOSES accuracy: {points(change['mean'], *change['ci95'])} points.")
+            sentences.append(f"{name} LOSES accuracy: {found} points.")
         else:
-            found = points(change["mean"], *change["ci95"])
             sentences.append(f"{name} may lose accuracy: {found} points on {count} images, which cannot tell.")
     largest = max((-changes[name]["ci95"][0] for name in rest), default=0)
     if rest and largest <= TOLERATED_LOSS:
@@ -162,18 +163,6 @@ def verdict(fidelity):
             f"{100 * largest:.1f}: {', '.join(rest)}."
         )
     return " ".join(sentences)
-
-
-def markdown(results):
-    """benchmark.md: the verdict, how far the answers are from PyTorch's, and the latencies."""
-    parts = [results["verdict"], markdown_table(*fidelity_table(results))]
-    if results["latency"]:
-        parts += [f"Latency on {results['machine']}.", markdown_table(*latency_table(results))]
-    return "\n\n".join(parts) + "\n"
-
-
-def markdown_table(head, *rows):
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
 
 
 def read_images(args, model, classes):
@@ -202,9 +191,10 @@ def write_onnx(model, classes, args, examples):
     Returns:
         {precision: file}, the last of --precision last.
     """
-    fp32, files = export_fp32(model, args), {}
+    fp32, files = export_fp32(model, args.batch_size, args.include_preprocessing), {}
     inputs = as_input(model, examples, args.include_preprocessing).numpy()
-    for precision in dict.fromkeys(["fp32"] * ("fp32" not in args.precision) + args.precision):
+    precisions = dict.fromkeys(["fp32"] * ("fp32" not in args.precision) + args.precision)
+    for precision in tqdm(precisions, desc="writing ONNX", unit="file"):
         graph = fp32
         if precision == "fp16":
             graph = convert_fp16(fp32)
@@ -224,7 +214,8 @@ def write_onnx(model, classes, args, examples):
 
 def written(folder):
     """{file of a student: time of its writing}"""
-    return {path: path.stat().st_mtime_ns for path in sorted(folder.glob("student*")) if path.is_file()}
+    files = [path for pattern in ("student*", "web/*") for path in sorted(folder.glob(pattern)) if path.is_file()]
+    return {path: path.stat().st_mtime_ns for path in files}
 
 
 def build(runtime, student):
@@ -242,24 +233,22 @@ def refuse(args):
         raise UserError(
             f"--batch_size {args.batch_size} fixes it: give --benchmark_batch_sizes {args.batch_size} alone."
         )
-    if args.benchmark and max(args.benchmark_batch_sizes) > args.max_batch_size:
-        raise UserError(f"--benchmark_batch_sizes up to {max(args.benchmark_batch_sizes)}: raise --max_batch_size.")
-    if args.opt_batch_size > args.max_batch_size:
-        raise UserError(f"--opt_batch_size {args.opt_batch_size} is above --max_batch_size {args.max_batch_size}.")
+    largest = max([args.opt_batch_size, *(args.benchmark_batch_sizes if args.benchmark else [])])
+    if largest > args.max_batch_size:
+        raise UserError(f"Batch {largest} is above --max_batch_size {args.max_batch_size}: raise --max_batch_size.")
     if "tensorrt" in args.runtime and args.precision[-1] == "int8":
         raise UserError("--precision int8 is for CPUs: an engine wants int8_tensorrt, the last of --precision.")
     if {"int8", "int8_tensorrt"} & set(args.precision) and not (args.data_dir or args.support_dir):
         raise UserError(
             "--precision int8 needs images to calibrate on: the generated ones as --data_dir, photos as --support_dir."
         )
-    if (
-        "tensorrt" in args.runtime
-        and args.include_preprocessing == "any_size"
-        and args.precision[-1] != "int8_tensorrt"
-    ):
+    any_size = args.include_preprocessing == "any_size" and args.precision[-1] != "int8_tensorrt"
+    if "tensorrt" in args.runtime and any_size:
         raise UserError("An engine takes images of one size: give --include_preprocessing model_size.")
     for name in args.runtime:
         RUNTIMES[name].require()
+    if args.web:
+        find_package(args.web)
 
 
 def main(args):
@@ -272,6 +261,7 @@ def main(args):
         return  # one process exports; a second would only disturb its timing
     device, cpu, output_dir = accelerator.device, torch.device("cpu"), Path(args.output_dir)
     model = reparameterize_model(models.load_model(args.model))  # RepVGG and its kind become plain convolutions
+    teacher = models.load_model(args.teacher, image_size=args.teacher_image_size) if args.teacher else None
     try:
         flops = {"student": models.count_flops(model)}
     except (RuntimeError, AssertionError, IndexError) as error:  # what layers raise, and timm's checks
@@ -284,26 +274,21 @@ def main(args):
     before = written(output_dir)
     images, queries, labels = read_images(args, model, classes)
     student = Student(model, classes, write_onnx(model, classes, args, images), images, output_dir, device, args)
+    if args.web:
+        graph = of_any_size(export_fp32(model), models.input_size(model))
+        write_page(output_dir / "web", graph.SerializeToString(), classes, args.web)
     unbuilt = {name: error for name in args.runtime if (error := build(RUNTIMES[name], student))}
 
-    reference = PyTorch(model, cpu)(queries)
-    results = {
-        "kind": "export",
-        "num_images": len(queries),
-        "fidelity": {},
-        "latency": [],
-        "accuracy": {},
-        "flops": flops,
-    }
+    reference = models.answers(PyTorch(model, cpu), queries, "comparing with torch fp32")
+    fidelity, timings, accuracies = {}, [], {}
     if labels is not None:
-        results["accuracy"]["student torch"] = accuracy(reference.argmax(-1) == labels)
-    teacher = models.load_model(args.teacher, image_size=args.teacher_image_size) if args.teacher else None
+        accuracies["student torch"] = accuracy(reference.argmax(-1) == labels)
     if teacher:
         flops["teacher"] = models.count_flops(teacher)
         if labels is not None and args.support_dir:
             specialised, _ = models.of_supports(teacher, args.support_dir, classes)
             size = models.input_size(teacher)[0]
-            results["accuracy"]["teacher torch"] = models.accuracy_on(args.query_dir, specialised, size, classes)
+            accuracies["teacher torch"] = models.accuracy_on(args.query_dir, specialised, size, classes)
 
     devices = [cpu] if device.type == "cpu" else [cpu, device]
     for num_threads in args.num_threads or [torch.get_num_threads()]:
@@ -317,29 +302,39 @@ def main(args):
         }
         for (name, precision, where), runtime in found.items():
             row = f"{name} {precision}" + f" on {where}" * (where != "cpu")
-            if (name, where) != ("torch", "cpu") and row not in results["fidelity"]:
+            if (name, where) != ("torch", "cpu") and row not in fidelity:
                 expected = log_probabilities(reference.softmax(-1)) if runtime.includes_preprocessing else reference
-                results["fidelity"][row] = compare(expected, runtime(queries), labels)
+                found_here = models.answers(runtime, queries, f"comparing {row}", args.batch_size or 16)
+                fidelity[row] = compare(expected, found_here, labels)
         if args.benchmark:
             # On a CPU that file shows how accurate it is, not how fast.
             timed = {("student", *k): r for k, r in found.items() if k[1] != "int8_tensorrt" or k[0] == "tensorrt"}
             if teacher:
                 timed |= {("teacher", "torch", "fp32", d.type): PyTorch(teacher, d) for d in devices}
-            results["latency"] += latency(timed, args.benchmark_batch_sizes, queries.shape[1:], num_threads)
+            timings += latency(timed, args.benchmark_batch_sizes, queries.shape[1:], num_threads)
         devices = [cpu]  # the number of threads makes a difference there only
 
     made = [path for path, time in written(output_dir).items() if before.get(path) != time]
-    results["bytes"] = {path.name: path.stat().st_size for path in made}
     for path in before.keys() - made:
         note(f"{path} is of an earlier export, and stays as it is")
-    results["verdict"] = verdict(results["fidelity"])
-    results["machine"] = f"{device.type}, {os.cpu_count()} cores"
-    results |= provenance(args, vars(args))
+    results = {
+        "kind": "export",
+        "verdict": verdict(fidelity),
+        "num_images": len(queries),
+        "fidelity": fidelity,
+        "latency": timings,
+        "accuracy": accuracies,
+        "flops": flops,
+        "bytes": {path.relative_to(output_dir).as_posix(): path.stat().st_size for path in made},
+        "machine": f"{device.type}, {os.cpu_count()} cores",
+        **provenance(args, vars(args)),
+    }
     write_json(output_dir / "benchmark.json", results)
-    write_report(output_dir / "report.html", results)
-    with whole_file(output_dir / "benchmark.md") as path:
-        path.write_text(markdown(results))
-    print(markdown(results))
+    for name in ("report.html", "benchmark.md"):
+        write_report(output_dir / name, results)
+    print((output_dir / "benchmark.md").read_text(), f"see {output_dir / 'report.html'}", sep="\n")
+    if args.web:
+        print(f"in a browser: {serving(output_dir / 'web')}")
     accelerator.end_training()
     for error in unbuilt.values():
         raise error
@@ -367,6 +362,14 @@ def parse_args(argv=None):
         const="any_size",
         help="in the graph: uint8 images [batch, height, width, 3] in, probabilities out. Images are of any size and "
         "resized there, which int8_tensorrt leaves out; or all of the model's input size",
+    )
+    add(
+        "--web",
+        nargs="?",
+        const=PACKAGE,
+        metavar="PACKAGE",
+        help="also write a page for browsers, with the npm package onnxruntime-web from this folder or, where none is "
+        f"given, {PACKAGE}; where that does not exist, the page loads it from a CDN",
     )
     add("--num_samples", type=positive_int, default=512, help="at most so many of --data_dir, evenly spaced")
     add("--benchmark", action="store_true", help="time the models")

@@ -20,6 +20,7 @@ from timm.models import get_model_input_config
 from timm.models._hub import save_config_for_hf
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
 
 from common import architectures, statistics
 from common.cli import UserError, refusing
@@ -212,9 +213,13 @@ def with_head(model):
 def accuracy_on(folder, classifier, size, classes):
     """The accuracy, as `statistics.accuracy`, of a function of images [B, 3, size, size] to logits on a folder."""
     images, labels, *_ = load_folder(folder, size, classes)
-    with torch.inference_mode():
-        answers = torch.cat([classifier(part) for part in images.split(64)]).argmax(-1)
-    return statistics.accuracy(answers == labels)
+    return statistics.accuracy(answers(classifier, images, f"classifying {folder}").argmax(-1) == labels)
+
+
+@torch.inference_mode()
+def answers(function, images, title, batch_size=16):
+    """What a function of images [B, 3, h, w] gives for all [N, 3, h, w], with a bar of that title."""
+    return torch.cat([function(batch) for batch in tqdm(images.split(batch_size), desc=title, unit="batch")])
 
 
 def of_supports(model, folder, classes=None):

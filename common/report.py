@@ -128,13 +128,6 @@ def fidelity_table(results):
     return [head, *rows]
 
 
-def latency_table(results):
-    """The latencies, of each model in each runtime, precision and device."""
-    head = ["model", "runtime", "precision", "device", "threads", "batch", "median ms", "p90 ms", "p99 ms", "images/s"]
-    line = "{model}|{runtime}|{precision}|{device}|{threads}|{batch_size}|{median_ms:.3f}|{p90_ms:.3f}|{p99_ms:.3f}"
-    return [head, *(f"{line}|{{images_per_second:.0f}}".format(**row).split("|") for row in results["latency"])]
-
-
 def export_page(results):
     """Table and plot of an exported student, and its latencies for each size of batch and number of threads; the plot
     is of the smallest batch and, on the CPU, most threads."""
@@ -170,8 +163,9 @@ TEMPLATES.filters |= {
 
 
 def write_report(path, results):
-    """Writes the page of what evaluate.py puts into results.json, whose "kind" is "benchmark", "accuracy" or
-    "generated", or export.py into benchmark.json, "export"."""
-    page = TEMPLATES.get_template(f"{results['kind']}.html").render(results, **PAGES[results["kind"]](results))
+    """Writes the page, or the Markdown of an export, of what evaluate.py puts into results.json, whose "kind" is
+    "benchmark", "accuracy" or "generated", or export.py into benchmark.json, "export"."""
+    template = TEMPLATES.get_template(results["kind"] + Path(path).suffix)
+    page = template.render(results, **PAGES[results["kind"]](results))
     with whole_file(path) as temporary:
         temporary.write_text(page, encoding="utf-8", errors="backslashreplace")  # names may be no UTF-8

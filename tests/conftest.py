@@ -77,7 +77,7 @@ def make_run(root):
     launch("distill.py", "--support_dir", root / "support", "--train_dir", root / "generated",
            "--output_dir", root / "student", "--max_train_steps", 10, "--train_batch_size", 8)  # fmt: skip
     launch("export.py", "--model", root / "student", "--output_dir", root / "export", "--data_dir", root / "generated",
-           "--precision", "fp32", "fp16", "int8", "--benchmark", "--teacher", "assets/teacher",
+           "--precision", "fp32", "fp16", "int8", "--benchmark", "--teacher", "assets/teacher", "--web",
            by=ACCELERATE)  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shlex
 import shutil
 import subprocess
 from argparse import Namespace
@@ -88,6 +89,8 @@ def test_photos_go_all_the_way_and_only_what_is_new_is_done_again(photos, script
     said = capsys.readouterr().out
     assert "cannot be told" in said and "on 4 test photos" in said and str(out / "evaluation" / "report.html") in said
     assert f"{demo.MINI_SD} draws icons" in said
+    assert f"http.server --directory {shlex.quote(str(out / 'export' / 'web'))}" in said
+    assert (out / "export" / "web" / "student.onnx").is_file()
 
     scripts.clear()
     demo.main(demo.parse_args(options))

@@ -32,6 +32,7 @@ def graph_of(path):
 
 def test_export_answers_as_pytorch_does(run_dir):
     facts = json.loads((run_dir / "export" / "benchmark.json").read_text())
+    assert facts["command"].startswith("accelerate launch export.py --model ")
     assert facts["fidelity"]["onnxruntime fp32"]["max_abs_diff"] < 1e-4
     assert facts["fidelity"]["onnxruntime fp16"]["top1_agreement"] == 1
     assert facts["fidelity"]["onnxruntime int8"]["top1_agreement"] > 0.8  # 12 images, some between the classes
@@ -174,6 +175,7 @@ def test_every_runtime_is_compared_and_timed(run_dir, tmp_path):
            "--runtime", "torch", "torch_compile", "openvino", "--teacher", "assets/teacher", "--benchmark",
            "--benchmark_batch_sizes", 1, 3, "--num_threads", 1, 2)  # fmt: skip
     facts = json.loads((tmp_path / "benchmark.json").read_text())
+    assert facts["command"].startswith("python export.py --model ")
     assert set(facts["fidelity"]) == {"torch_compile fp32", "openvino fp32", "openvino int8"}
     for name in ("torch_compile fp32", "openvino fp32"):
         assert facts["fidelity"][name]["max_abs_diff"] < 1e-3

@@ -5,6 +5,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
 
 def benchmark(functions, min_calls=200, min_seconds=2.0):
@@ -18,16 +19,18 @@ def benchmark(functions, min_calls=200, min_seconds=2.0):
         {name: seconds of each counted call}, at least `min_calls` or `min_seconds` of each
     """
     seconds = {name: [] for name in functions}
-    while any(len(times) < min_calls and sum(times) < min_seconds for times in seconds.values()):
-        for name, function in functions.items():
-            before, calls = time.perf_counter(), 0
-            while not calls or (calls < 5 and time.perf_counter() - before < 0.1):
-                function()
-                calls += 1
-            end = time.perf_counter() + 0.1
-            while (before := time.perf_counter()) < end:
-                function()
-                seconds[name].append(time.perf_counter() - before)
+    with tqdm(desc="timing", unit="call") as bar:
+        while any(len(times) < min_calls and sum(times) < min_seconds for times in seconds.values()):
+            for name, function in functions.items():
+                before, calls = time.perf_counter(), 0
+                while not calls or (calls < 5 and time.perf_counter() - before < 0.1):
+                    function()
+                    calls += 1
+                end = time.perf_counter() + 0.1
+                while (before := time.perf_counter()) < end:
+                    function()
+                    seconds[name].append(time.perf_counter() - before)
+                bar.update(sum(map(len, seconds.values())) - bar.n)
     return seconds
 
 
@@ -44,16 +47,7 @@ def latency(found, batch_sizes, shape, num_threads):
         times = benchmark({key: partial(runtime.run, runtime.prepare(images)) for key, runtime in found.items()})
         for key, seconds in times.items():
             median, p90, p99 = np.percentile(seconds, [50, 90, 99])
-            rows.append(
-                dict(zip(keys, key))
-                | {
-                    "threads": num_threads,
-                    "batch_size": batch_size,
-                    "calls": len(seconds),
-                    "median_ms": 1e3 * median,
-                    "p90_ms": 1e3 * p90,
-                    "p99_ms": 1e3 * p99,
-                    "images_per_second": batch_size / median,
-                }
-            )
+            row = dict(zip(keys, key)) | {"threads": num_threads, "batch_size": batch_size, "calls": len(seconds)}
+            row |= {"median_ms": 1e3 * median, "p90_ms": 1e3 * p90, "p99_ms": 1e3 * p99}
+            rows.append(row | {"images_per_second": batch_size / median})
     return rows
