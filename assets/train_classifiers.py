@@ -19,6 +19,9 @@ average. Settings were chosen on the episode pool of the val classes; nothing of
     python -m assets.train_classifiers --model teacher --output_dir outputs/cifar_teacher --dataset cifar_fs \\
         --pretrained_model vit_small_patch14_dinov2.lvd142m --image_size 112 --learning_rate 1e-5
 
+With --icon_web a model learns the thousands of names of assets/build_icon_web.py beside the base classes, as DINO has
+seen the web; of its head the rows of the base classes are kept.
+
 Stopped (Ctrl-C, SIGTERM) and started again, it goes on.
 """
 
@@ -36,7 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from assets.training import Checkpoint, Drawings, Pictures, rng_of_step, use_threads
+from assets.training import Checkpoint, Drawings, IconWeb, Pictures, rng_of_step, use_threads
 from common.architectures import InkMap
 from common.cli import run
 from common.datasets import load_dataset
@@ -125,7 +128,9 @@ def build(args, num_classes):
 
 
 def load_split(split, args, size):
-    """The images of base classes, or those of val classes that episodes draw from."""
+    """The images of base classes, or those of other classes that episodes draw from."""
+    if split == "base" and args.icon_web:
+        return IconWeb(args.icon_web)
     if args.dataset == "icons_fs":
         return Drawings(["base"] if split == "base" else ["episode"], [split])
     return Pictures(args.dataset, split, args.dataset_dir, size)
@@ -134,8 +139,13 @@ def load_split(split, args, size):
 def main(args):
     use_threads(args.num_threads)
     torch.manual_seed(args.seed)
-    model = build(args, len(load_dataset(args.dataset, "base", args.dataset_dir).classes))
-    drawings, val = (load_split(split, args, input_size(model)[0]) for split in ("base", "val"))
+    base = list(load_dataset(args.dataset, "base", args.dataset_dir).classes)
+    model = build(args, len(IconWeb(args.icon_web).classes) if args.icon_web else len(base))
+    drawings = load_split("base", args, input_size(model)[0])
+    held_out = {"val": ["val"], "novel": ["novel"]}
+    if args.dataset == "icons_fs":
+        held_out = {"val": ["val", "unseen_val"], "novel": ["novel", "unseen"]}
+    validation = {split: load_split(split, args, input_size(model)[0]) for split in held_out["val"]}
     members = [np.flatnonzero(drawings.labels.numpy() == c) for c in range(len(drawings.classes))]
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     model = model.to(device, memory_format=memory_format(model))
@@ -156,8 +166,11 @@ def main(args):
             group["lr"] = args.learning_rate * min(1, (step + 1) / 100) * (1 + math.cos(math.pi * progress)) / 2
         images, labels = (x.to(device) for x in batch(drawings, members, args, rng_of_step(args.seed, step)))
         torch.manual_seed(args.seed * 1_000_003 + step)  # dropout
-        f = features(model.train(), images)
-        loss = F.cross_entropy(model.get_classifier()(f), labels, label_smoothing=args.label_smoothing)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=args.bf16):
+            f = features(model.train(), images)
+            logits = model.get_classifier()(f)
+        f = f.float()
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=args.label_smoothing)
         if args.prototype_weight:
             loss = loss + args.prototype_weight * prototype_loss(f.unflatten(0, (-1, args.shots)))
         loss.backward()
@@ -169,8 +182,8 @@ def main(args):
         last = step + 1 == args.max_train_steps or checkpoint.stopping
         if (step + 1) % args.validation_steps == 0 or last:
             seconds, clock = seconds + time.time() - clock, time.time()
-            reached = accuracies(ema.module, val, 5, 5, 300)["mean"]
-            curve.append({"step": step + 1, "loss": sum(losses) / len(losses), "val": reached})
+            reached = {split: accuracies(ema.module, data, 5, 5, 300)["mean"] for split, data in validation.items()}
+            curve.append({"step": step + 1, "loss": sum(losses) / len(losses), **reached})
             losses.clear()
             print(f"{seconds:.0f} s", curve[-1], flush=True)
             checkpoint.save(step=step + 1, seconds=seconds, curve=curve)
@@ -179,15 +192,19 @@ def main(args):
             return
 
     model = ema.module.to(memory_format=torch.contiguous_format).eval()
-    save_model(model, output_dir, drawings.classes)
+    if args.icon_web:  # whose first names are the base classes
+        head = model.get_classifier()
+        model.reset_classifier(len(base))
+        model.get_classifier().load_state_dict({key: rows[: len(base)] for key, rows in head.state_dict().items()})
+    save_model(model, output_dir, base)
     reached = {}
-    for split in ("val", "novel"):
+    for split in held_out["val"] + held_out["novel"]:
         episodes = load_split(split, args, input_size(model)[0])
         for ways, shots in ((5, 1), (5, 5), (len(episodes.classes), 5)):
             reached[f"{split}, {ways}-way {shots}-shot"] = accuracies(model, episodes, ways, shots, 500)
     write_json(output_dir / "training.json",
                {"settings": vars(args), "parameters": sum(p.numel() for p in model.parameters()), "seconds": seconds,
-                "curve": curve, "reached": reached})  # fmt: skip
+                "curve": curve, "reached": reached, "names": drawings.classes})  # fmt: skip
     print(reached)
 
 
@@ -202,6 +219,12 @@ def parse_args():
     add("--pretrained_model", help="instead of --architecture, a timm backbone to go on from: folder or hf-hub:name")
     add("--image_size", type=int, help="the model's input side; default: its own")
     add("--imagenet_model", help="folder of the EfficientNet-Lite0 to start an ink_lite from")
+    add("--icon_web", help="file of assets/build_icon_web.py: learn its names beside the base classes")
+    add(
+        "--bf16",
+        action="store_true",
+        help="compute in bfloat16: dense networks take half as long on some CPUs",
+    )
     add("--max_train_steps", type=int)
     add("--learning_rate", type=float, default=2e-3)
     add("--prototype_weight", type=float, help="w in the loss")

@@ -3,6 +3,7 @@
 The scripts are run from the repository's root, `python -m assets.train_vae`, and go on from their last checkpoint.
 """
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
+from safetensors import safe_open
 
 import distill
 from assets.colours import draw_colours
@@ -55,6 +57,20 @@ class Drawings:
         front, ground = (torch.tensor(c / 255, dtype=torch.float32)[:, None, None] for c in (front, ground))
         image = ground + (front - ground) * self.inks[i]
         return image, self.facts[i] | {"foreground": front_word, "background": ground_word}
+
+
+class IconWeb(Drawings):
+    """The drawings of base classes and, after them, those of the file that assets/build_icon_web.py writes."""
+
+    def __init__(self, path):
+        super().__init__(["base"], ["base"])
+        with safe_open(path, "pt") as file:
+            names, facts = (json.loads(file.metadata()[key]) for key in ("names", "facts"))
+            images, inks, labels = (file.get_tensor(key) for key in ("images", "inks", "labels"))
+        self.labels = torch.cat([self.labels, labels + len(self.classes)])
+        self.classes, self.facts = self.classes + names, self.facts + facts
+        self.images = torch.cat([self.images, images.permute(0, 3, 1, 2) / 255])
+        self.inks = torch.cat([self.inks, inks[:, None] / 255])
 
 
 class Pictures:

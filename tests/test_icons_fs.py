@@ -10,9 +10,10 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 from transformers import CLIPTokenizer
 
+from assets.training import IconWeb
 from common import icons_fs, models
 from common.architectures import InkMap
-from tests.conftest import ROOT
+from tests.conftest import ROOT, launch
 
 PERMISSIVE = {
     "MIT",
@@ -140,3 +141,29 @@ def test_assets_hold_no_pickles():
     assert not suffixes & {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".npy", ".npz"}
     for config in (ROOT / "assets").glob("*/config.json"):
         assert json.loads(config.read_text())["architecture"]
+
+
+def test_the_icon_web_leaves_held_out_things_out(tmp_path):
+    """Names with a held-out word, drawings like a held-out one, and names that are mostly drawn so."""
+    pytest.importorskip("resvg_py")
+    square, ring = "M2 2h12v12h-12z", "M8 1a7 7 0 1 0 .01 0zM8 4a4 4 0 1 1-.01 0z"
+
+    def bodies(path):  # turned, so that they differ
+        turned = (f'<g transform="rotate({7 * k} 8 8)"><path d="{path}M8 8L15 8V9z"/></g>' for k in range(10))
+        return [body.replace("<path", '<path fill="currentColor"') for body in turned]
+
+    icons = {f"anchor-{k}": {"body": body} for k, body in enumerate(bodies(ring))}
+    icons |= {f"anchors-rope-{k}": {"body": body} for k, body in enumerate(bodies(square))}  # a held-out word
+    icons |= {f"rocket-{k}": {"body": body} for k, body in enumerate(bodies(square))}  # a base class
+    icons |= {f"washer-{k}": {"body": body} for k, body in enumerate(bodies(ring))}  # drawn as the anchors are
+    icons |= {f"tile-{k}": {"body": body} for k, body in enumerate(bodies(square))}
+    icons |= {"tile-20": icons["anchor-3"], "lone": icons["tile-1"]}
+    (tmp_path / "json").mkdir()
+    facts = {"info": {"license": {"spdx": "MIT"}}, "icons": icons}
+    (tmp_path / "json" / "set.json").write_text(json.dumps(facts))
+    launch("-m", "assets.build_icon_web", "--iconify_dir", tmp_path, "--output_file", tmp_path / "web.safetensors")
+    web = IconWeb(tmp_path / "web.safetensors")
+    count = len(web) - 10
+    assert web.classes == [*icons_fs.load_splits()["base"], "tile"] and web.labels[count:].tolist() == [64] * 10
+    assert web.images.shape == (count + 10, 3, 32, 32) and 0.3 < web.inks[count:].mean() < 0.9
+    assert web.paint(count, np.random.default_rng(0))[0].std() > 0.1
