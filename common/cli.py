@@ -21,6 +21,7 @@ MAKES = {  # what the scripts read by default, and the command that writes it
 FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 PATHS = (  # what is wrong with a path that cannot be read or written
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP,
+    errno.ENOENT,  # a file that somebody takes away meanwhile
 )  # fmt: skip
 LARGE = 1 << 40  # what numbers on the command line stay below: seeds and sizes are made of them, of 63 bits
 

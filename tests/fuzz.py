@@ -265,7 +265,8 @@ def make_case(seed, base, sandbox):
         return command, rng.choice([ROOT, ROOT, sandbox]), f"{command[place - 1]} is another"
     script = command[:2] if command[0] == "-m" else command[:1]
     option, value = rng.choice(options_of(script)), rng.choice(VALUES)
-    return [*command, option, value], ROOT, f"{option} {value!r}"
+    (sandbox / "assets").symlink_to(ROOT / "assets")  # so that it may start here, where all that it writes is seen
+    return [*command, option, value], sandbox, f"{option} {value!r}"
 
 
 def snapshot(folder, leave_out):
@@ -284,7 +285,7 @@ def try_case(seed, base, folder):
     try:
         command, cwd, what = make_case(seed, base, sandbox)
         place = [i for i, word in enumerate(command) if word == "--output_dir" and i + 1 < len(command)][-1]
-        output_dir = Path(sandbox, command[place + 1])
+        output_dir = Path(cwd, command[place + 1])
         before = snapshot(sandbox, output_dir)
         wrong, code = None, None
         try:

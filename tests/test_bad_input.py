@@ -367,9 +367,10 @@ def test_full_disk_is_no_users_mistake_but_gets_a_message(capsys):
         (MemoryError(), 1, "memory does not suffice"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"), 1, "(CUDA out of memory. Tried"),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "a/1.png"), 2, "a/1.png: No such file"),
     ],
 )
-def test_too_little_memory_and_ctrl_c_get_a_message(error, code, message, capsys):
+def test_too_little_memory_ctrl_c_and_files_that_vanish_get_a_message(error, code, message, capsys):
     def main(args):
         raise error
 
