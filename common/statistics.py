@@ -169,12 +169,10 @@ def interval(m, squared_half_width):
     return matched_interval((m.square + m.mean) / 2 * trials, (m.square - m.mean) / 2 * trials, trials, 1.0)
 
 
-def summary(m, ends):
+def benchmark(m, pilot, alone):
+    """Mean and interval of a benchmark with these Moments; one episode has the interval `alone`."""
+    ends = alone if m.episodes == 1 else interval(m, squared_margin(m, pilot) / m.episodes)
     return {"mean": float(m.mean), "ci95": [float(end) for end in ends], "num_episodes": int(m.episodes)}
-
-
-def benchmark(m, pilot):
-    return summary(m, interval(m, squared_margin(m, pilot) / m.episodes))
 
 
 def benchmark_accuracy(hits, counts, pilot=None):
@@ -195,14 +193,12 @@ def benchmark_accuracy(hits, counts, pilot=None):
         "num_episodes", "num_queries": of all episodes}
     """
     m, s2, share, queries = accuracy_moments(hits, counts), None, None, int(np.sum(counts))
-    if m.episodes == 1:
-        result = summary(m, wilson_interval(np.sum(hits), queries))
-    else:
-        result = benchmark(m, pilot and accuracy_moments(hits[:pilot], counts[:pilot]))
-        if np.min(counts) > 1:
-            s2 = max(0.0, float(m.s2))
-            total = s2 + m.query_variance / m.queries
-            share = float(s2 / total) if total > 0 else None
+    alone = wilson_interval(np.sum(hits), queries)
+    result = benchmark(m, pilot and accuracy_moments(hits[:pilot], counts[:pilot]), alone)
+    if m.episodes > 1 and np.min(counts) > 1:
+        s2 = max(0.0, float(m.s2))
+        total = s2 + m.query_variance / m.queries
+        share = float(s2 / total) if total > 0 else None
     return result | {"s2": s2, "episode_share": share, "num_queries": queries}
 
 
@@ -210,7 +206,5 @@ def benchmark_difference(a, b, pilot=None):
     """How much more accurate method `a` is than `b`, {"mean", "ci95", "num_episodes"}, by the same queries of the same
     episodes, 1 or 0 of each, [P][classes][N]. The interval is Tango's (`interval`, `squared_margin`), of one episode
     that of `paired_difference`; `pilot` as in `benchmark_accuracy`."""
-    m = difference_moments(a, b)
-    if m.episodes == 1:
-        return summary(m, paired_difference(*(np.hstack(x[0]) for x in (a, b)))[1:])
-    return benchmark(m, pilot and difference_moments(a[:pilot], b[:pilot]))
+    _, *alone = paired_difference(*(np.hstack(x[0]) for x in (a, b)))
+    return benchmark(difference_moments(a, b), pilot and difference_moments(a[:pilot], b[:pilot]), alone)
