@@ -6,7 +6,7 @@ long schedules as in "consistent teaching", Beyer et al., 2106.05237) and, if wi
 
     accelerate launch distill.py --train_dir outputs/demo/generated --support_dir outputs/demo/support
 
-It may be killed at any moment: started again, it goes on from its last checkpoint and ends with the same weights.
+It may be killed at any moment: started again, it goes on from its last checkpoint and ends the same (on a CPU).
 """
 
 import common.passive  # noqa: F401  (before torch is loaded)
@@ -16,7 +16,6 @@ import math
 from itertools import chain, islice
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -40,7 +39,8 @@ from common.cli import (
     share,
 )
 from common.images import find_images, list_images, load_image, open_image, require_unseen, with_labels
-from common.processes import as_main_sees, generator, seeded, start
+from common.memory import LiveBytes, announce, bytes_of, peak_bytes
+from common.processes import as_main_sees, cores_of_a_process, generator, seeded, start
 from common.records import blaming, check_settings, fingerprint, settings_of, whole_file, write_json
 from common.report import TEMPLATES, with_interval
 from common.shards import list_samples, open_samples
@@ -54,13 +54,9 @@ OUTSIDE = ("checkpointing_steps", "dataloader_num_workers", "query_dir", "suppor
 
 
 class Views(Dataset):
-    """Augmented views of supports and other images; view i depends on (seed, i) alone.
-
-    Args:
-        supports, others: lists of (PIL image, label), `others` may be empty.
-        support_ratio: the share of views that show a support.
-        augment: torchvision transform of a PIL image to a view [3, size, size] in [0, 1].
-    """
+    """Augmented views of supports and other images, lists of (PIL image, label) of which the second may be empty; view
+    i depends on (seed, i) alone. `support_ratio`: the share of views that show a support. `augment`: torchvision's
+    transform of a PIL image to a view [3, size, size] in [0, 1]."""
 
     def __init__(self, supports, others, num_classes, support_ratio, augment, seed):
         self.pools, self.num_classes = [supports, others], num_classes
@@ -84,31 +80,26 @@ def mixing(args):
 
 def batch_numbers(args, first_step, rank, num_processes):
     """Which batch of views a process sees in each of its passes; with --num_views they come round again and again."""
-    rounds = math.ceil(args.num_views / args.train_batch_size)
-    passes = range(
-        first_step * args.gradient_accumulation_steps, args.max_train_steps * args.gradient_accumulation_steps
-    )
-    numbers = [i * num_processes + rank for i in passes]
+    rounds, passes = math.ceil(args.num_views / args.train_batch_size), args.gradient_accumulation_steps
+    numbers = [i * num_processes + rank for i in range(first_step * passes, args.max_train_steps * passes)]
     return [number % rounds for number in numbers] if rounds else numbers
 
 
 def batches(views, numbers, args):
     """Yields the views [B, 3, H, W] in [0, 1] and labels [B, num_classes] of batches by their numbers. Those that come
     round again are made once, and kept as the bytes that they are, where there is room for all."""
-    keep = args.num_views * views[0][0].numel() <= KEPT
+    keep = 0 < args.num_views * views[0][0].numel() <= KEPT
     fresh = dict.fromkeys(numbers) if keep else numbers
     sampler = [range(n * args.train_batch_size, (n + 1) * args.train_batch_size) for n in fresh]
-    loader = iter(DataLoader(views, batch_sampler=sampler, num_workers=args.dataloader_num_workers))
+    on_gpu, workers = torch.cuda.is_available(), args.dataloader_num_workers
+    workers = cores_of_a_process() if workers is None and on_gpu else workers or 0
+    loader = iter(DataLoader(views, batch_sampler=sampler, num_workers=workers, pin_memory=on_gpu))
     kept = {}
     for number in numbers:
-        if number in kept:
-            x, targets = kept[number]
-            yield v2.functional.to_dtype(x, torch.float32, scale=True), targets  # to the bit as they were
-            continue
-        x, targets = next(loader)
-        if keep and args.num_views:
-            kept[number] = (x * 255).round().byte(), targets
-        yield x, targets
+        x, targets = kept[number] if number in kept else next(loader)
+        yield v2.functional.to_dtype(x, torch.float32, scale=True), targets  # bytes to the bit as they were
+        if keep:
+            kept[number] = (x if number in kept else (x * 255).round().byte()), targets
 
 
 def distillation_loss(student_logits, teacher_logits, temperature):
@@ -118,19 +109,15 @@ def distillation_loss(student_logits, teacher_logits, temperature):
     return temperature**2 * F.kl_div(s, t, reduction="batchmean", log_target=True)
 
 
-def feature_loss(projected, teacher_embedding):
-    """1 - cosine of the student's projected features and the teacher's, mean over the batch (FitNets, 1412.6550, with
-    the cosine instead of the square)."""
-    return (1 - F.cosine_similarity(projected.float(), teacher_embedding.float(), dim=-1)).mean()
-
-
 def total_loss(logits, projected, teacher_logits, teacher_embedding, targets, args):
-    """(1 - h) * distillation + h * cross-entropy of known labels + w * features."""
+    """(1 - h) * distillation + h * cross-entropy of known labels + w * (1 - cosine) of the student's projected features
+    and the teacher's (FitNets, 1412.6550, with the cosine instead of the square), means over the batch."""
     loss = (1 - args.hard_label_weight) * distillation_loss(logits, teacher_logits, args.temperature)
     if args.hard_label_weight:
         loss = loss + args.hard_label_weight * F.cross_entropy(logits.float(), targets)  # an unknown label adds 0
     if args.feature_weight:
-        loss = loss + args.feature_weight * feature_loss(projected, teacher_embedding)
+        cosine = F.cosine_similarity(projected.float(), teacher_embedding.float(), dim=-1)
+        loss = loss + args.feature_weight * (1 - cosine).mean()
     return loss
 
 
@@ -147,11 +134,8 @@ def learning_rate(step, args):
 
 
 def imprint(student, supports, labels, scale):
-    """Starts the student's head, where it is linear, at its own prototypes (imprinting, Qi et al., 1712.07136).
-
-    With prototypes p_c and centre m of `PrototypeClassifier`: logits = W (f - m), W_c = scale * p_c / mean ||f - m||;
-    its answers are those of the prototype classifier.
-    """
+    """Starts the student's head, where it is linear, at its own prototypes (imprinting, Qi et al., 1712.07136): with
+    p_c and m of `PrototypeClassifier`, logits = W (f - m), W_c = scale * p_c / mean ||f - m||, and the same answers."""
     head = student.get_classifier()
     if not isinstance(head, nn.Linear | nn.Conv2d):
         return
@@ -185,23 +169,25 @@ class Learner(nn.Module):
 
 
 def rehearse(student, num_classes, args):
-    """A pass forward and back on noise with a copy of the student: what cannot be trained is refused before any work.
+    """A pass forward and back on noise with a copy of the student. Returns the bytes of activations of a whole batch.
 
     Raises:
-        UserError: as for an input size that the student's layers cannot take, or batch normalisation of one view.
+        UserError: an input size that the student's layers cannot take, batch normalisation of one view, ...
     """
     size = models.input_size(student)
     try:
         learner = Learner(copy.deepcopy(student), 1 if args.feature_weight else None).train()
-        logits, features = learner(torch.rand(min(2, args.train_batch_size), 3, *size))
-        if logits.shape[1:] != (num_classes,):
-            raise ValueError(f"its answers have the shape {list(logits.shape)}")
-        (logits.sum() + (features.sum() if args.feature_weight else 0)).backward()
+        views = torch.rand(min(2, args.train_batch_size), 3, *size)
+        with LiveBytes() as live:
+            logits, features = learner(views)
+            if logits.shape[1:] != (num_classes,):
+                raise ValueError(f"its answers have the shape {list(logits.shape)}")
+            (logits.sum() + (features.sum() if args.feature_weight else 0)).backward()
+        return max(0, live.peak - bytes_of(learner)) * args.train_batch_size / len(views)
     except Exception as error:  # a network raises any kind
-        raise UserError(
-            f"--student {args.student} cannot be trained on {args.train_batch_size} views a batch of "
-            f"{size[0]}x{size[1]} pixels ({error}): give another --student_image_size, --train_batch_size or --student."
-        ) from error
+        views = f"{args.train_batch_size} views a batch of {size[0]}x{size[1]} pixels"
+        raise UserError(f"--student {args.student} cannot be trained on {views} ({error}): give another "
+                        "--student_image_size, --train_batch_size or --student.") from error  # fmt: skip
 
 
 def list_others(args):
@@ -227,30 +213,22 @@ def open_others(train_dir, unlabeled, classes, size, args):
 
 def answering(teacher, args):
     """Function of a batch's number and its views to the teacher's logits and, for feature matching, its embedding.
-
-    Where batches come round again (--num_views), each is answered once only.
-    """
+    Where batches come round again (--num_views), each is answered once only."""
     answers = {}
 
     @torch.no_grad()
     def answer(number, views):
-        if number not in answers:
+        if not args.num_views or number not in answers:
             embedding = teacher.embed(views)
-            found = teacher.classify(embedding), embedding if args.feature_weight else None
-            if not args.num_views:
-                return found
-            answers[number] = found
-        return answers[number]
+            answers[number if args.num_views else 0] = teacher.classify(embedding), embedding
+        return answers[number if args.num_views else 0]
 
     return answer
 
 
 def train(student, teacher, views, args, accelerator, settings):
-    """Distils the teacher into the student.
-
-    Returns:
-        the trained student, and a curve [[step, mean loss, share of views with the teacher's class], ...].
-    """
+    """Distils the teacher into the student, and returns that and a curve [[step, mean loss, share of views with the
+    teacher's class], ...]."""
     device, checkpoint = accelerator.device, Path(args.output_dir) / "checkpoint.safetensors"
     learner = Learner(student, teacher.prototypes.shape[1] if args.feature_weight else None)
     learner = learner.to(device, memory_format=models.memory_format(student))
@@ -261,61 +239,63 @@ def train(student, teacher, views, args, accelerator, settings):
         state["average"] = average
     facts = load_checkpoint(checkpoint, settings, accelerator, **state)
     with blaming(checkpoint):  # which may be of a version with facts of another form
-        first_step = int(facts.get("step", 0))
-        recent = [[float(loss), float(same)] for loss, same in facts.get("recent", [])]
+        first_step, sums = int(facts.get("step", 0)), [float(x) for x in facts.get("sums", [0, 0])]
         curve = [[int(step), float(loss), float(same)] for step, loss, same in facts.get("curve", [])]
     accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
-    model, prepared = accelerator.prepare(learner, optimizer)
+    # All is where it should be: AdamW counts its steps on the CPU, for on a GPU it would wait for each parameter's.
+    model, prepared = accelerator.prepare(learner, optimizer, device_placement=[False, False])
     if accelerator.scaler and facts.get("scaler"):  # of fp16's gradients
         accelerator.scaler.load_state_dict(facts["scaler"])
 
     numbers = batch_numbers(args, first_step, accelerator.process_index, accelerator.num_processes)
     lessons, mix, answer = zip(numbers, batches(views, numbers, args)), mixing(args), answering(teacher, args)
     interval, ignorance = max(1, args.max_train_steps // 10), loss_of_ignorance(views.num_classes, args)
+    sums = torch.tensor(sums).to(device)  # of the loss, and of agreement with the teacher
     progress = tqdm(total=args.max_train_steps, initial=first_step, desc="distilling",
                     disable=not accelerator.is_local_main_process)  # fmt: skip
     model.train()
     for step in range(first_step, args.max_train_steps):
         for group in prepared.param_groups:
             group["lr"] = learning_rate(step, args)
-        means = torch.zeros(2, device=device)  # of the loss, and of agreement with the teacher
         for number, (x, targets) in islice(lessons, args.gradient_accumulation_steps):
-            x, targets = x.to(device), targets.to(device)
+            x, targets = x.to(device, non_blocking=True), targets.to(device, non_blocking=True)
             if mix:
                 with seeded(generator(args.seed, "mix", number)):
                     x, targets = mix(x, targets)
             torch.manual_seed(generator(args.seed, "dropout", step, number).initial_seed())
+            teacher_logits, embedding = answer(number, x)
             with accelerator.accumulate(model):
                 with accelerator.autocast():
-                    (logits, projected), (teacher_logits, embedding) = model(x), answer(number, x)
+                    logits, projected = model(x)
                     loss = total_loss(logits, projected, teacher_logits, embedding, targets, args)
                 accelerator.backward(loss)
                 prepared.step()
                 prepared.zero_grad()
             agreement = (logits.argmax(-1) == teacher_logits.argmax(-1)).float().mean()
-            means += torch.stack([loss.detach(), agreement]) / args.gradient_accumulation_steps
+            sums += torch.stack([loss.detach(), agreement]) / args.gradient_accumulation_steps
         if args.ema_decay:
             average.update_parameters(student)
 
-        recent.append(accelerator.reduce(means, "mean").tolist())
-        if not math.isfinite(recent[-1][0]):
-            raise UserError(f"the loss is {recent[-1][0]} at step {step}: use a smaller --learning_rate, or no fp16.")
-        if len(recent) == interval or step + 1 == args.max_train_steps:
-            loss, agreement = np.mean(recent, 0).tolist()
+        saves = (step + 1) % args.checkpointing_steps == 0 and step + 1 < args.max_train_steps
+        shows = (step + 1) % interval == 0 or step + 1 == args.max_train_steps
+        if saves or shows:  # else nothing waits for the device
+            sums = accelerator.reduce(sums, "mean")
+            loss, agreement = (sums / (step % interval + 1)).tolist()
+            if not math.isfinite(loss):
+                raise UserError(f"the loss is {loss} by step {step}: use a smaller --learning_rate, or no fp16.")
+        if shows:
             curve.append([step + 1, loss, agreement])
-            recent.clear()
+            sums.zero_()
             progress.set_postfix(loss=f"{loss:.4f}", as_teacher=f"{agreement:.1%}")
             values = {"distillation/loss": loss, "distillation/agreement": agreement}
             accelerator.log(values | {"learning_rate": learning_rate(step, args)}, step + 1)
             if loss > DIVERGED * ignorance:
-                raise UserError(
-                    f"the loss is {loss:.3g} by step {step}, and a student that knows nothing has {ignorance:.3g}: "
-                    "training diverges. Use a smaller --learning_rate."
-                )
+                raise UserError(f"the loss is {loss:.3g} by step {step}, and a student that knows nothing has "
+                                f"{ignorance:.3g}: training diverges. Use a smaller --learning_rate.")  # fmt: skip
         progress.update()
-        if (step + 1) % args.checkpointing_steps == 0 and step + 1 < args.max_train_steps:
+        if saves:
             if accelerator.is_main_process:
-                facts = {"settings": settings, "step": step + 1, "recent": recent, "curve": curve}
+                facts = {"settings": settings, "step": step + 1, "sums": sums.tolist(), "curve": curve}
                 facts["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else None
                 save_checkpoint(checkpoint, facts, **state)
             accelerator.wait_for_everyone()
@@ -361,7 +341,10 @@ def main(args):
 
     teacher = load_teacher(args, map(open_image, paths), labels, accelerator.device)
     student, is_trained = models.load_student(args, classes)
-    rehearse(student, len(classes), args)
+    batch = rehearse(student, len(classes), args)
+    view = torch.zeros(1, 3, *models.input_size(teacher), device=accelerator.device)
+    parts = {"training (--train_batch_size)": batch, "the teacher": args.train_batch_size * peak_bytes(teacher, view)}
+    announce([teacher, *[student] * 4], parts, accelerator.device)  # with gradients and AdamW's two moments
     if is_trained:
         supports = torch.stack([load_image(path, models.input_size(student)[0]) for path in paths])
         imprint(student, supports, labels, args.teacher_scale)
@@ -426,7 +409,8 @@ def parse_args(argv=None):
     views("--cutmix", type=non_negative, default=0.0, help="CutMix's Beta parameter; 0 is off")
     views("--num_views", type=natural_int, default=0, help="views in all, in whole batches, which are made "
           "and answered by the teacher once, and then come round again; 0: always new ones")  # fmt: skip
-    views("--dataloader_num_workers", type=natural_int, default=0, help="processes that make views")
+    views("--dataloader_num_workers", type=natural_int, help="processes that make views; default: as many as there are "
+          "cores for each GPU, none on a CPU")  # fmt: skip
     training = parser.add_argument_group("training").add_argument
     training("--max_train_steps", type=positive_int, default=300, help="steps of optimisation")
     training("--train_batch_size", type=positive_int, default=50, help="views a pass and process")

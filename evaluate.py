@@ -199,10 +199,10 @@ def main(args):
         raise UserError("--compare and --method say what --half_width or --plan is for: give one of these.")
     if args.half_width is not None and not args.dataset:
         raise UserError("--half_width needs --plan, or --dataset and a pilot of --num_episodes.")
-    group = episodes.leave_group() if args.dataset else ()
+    rank = episodes.leave_group() if args.dataset else 0
     accelerator = start(args)
     if args.dataset:
-        results = episodes.evaluate_episodes(args, STAGES, accelerator, *group)
+        results = episodes.evaluate_episodes(args, STAGES, accelerator, rank)
     else:
         results = (evaluate_generated if args.generated_dir else evaluate_folder)(args, accelerator)
     if results and accelerator.is_main_process:

@@ -11,7 +11,9 @@ import common.passive  # noqa: F401  (before torch is loaded)
 
 import argparse
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import chain, repeat
 from pathlib import Path
 
 import torch
@@ -20,13 +22,13 @@ from tqdm.auto import tqdm
 
 from common import diffusion
 from common.cli import UserError, argument_parser, non_negative, note, positive_int, run
-from common.generated import agreement
-from common.images import as_picture, as_tensor, encode_image, load_image, save_grid
+from common.generated import agreement, level_of
+from common.images import as_picture, as_tensor, encode_image, load_image, save_grid, with_labels
 from common.inversion import EMBEDS, open_inversions
+from common.memory import announce
 from common.models import PrototypeClassifier, features, held_out_accuracy, input_size, load_model, weights_of
 from common.processes import generator, peak_memory, share_out, start
 from common.records import (
-    blaming,
     check_settings,
     digest,
     read_json_lines,
@@ -80,11 +82,8 @@ def supports_in_turn(name, facts, finished, args):
 
 
 def plan_images(folders, finished, args):
-    """What each image is made of: a list of rows of metadata for each class.
-
-    Image i of a class takes the alphas in turn, and the supports in turn each time the alphas are through, so that a
-    column of the picture grid shows one support at every alpha.
-    """
+    """What each image is made of: a list of rows of metadata for each class. Its images take the alphas in turn, and
+    the supports each time the alphas are through, so that a column of grid.png shows one support at every alpha."""
     plans = []
     for name, facts in folders.items():
         rows, rounds, asked = [], supports_in_turn(name, facts, finished, args), args.num_images_per_class
@@ -107,7 +106,7 @@ def starting_point(rows, folders, schedule, prompt_embeds, empty, args):
 
     Returns:
         latents z [B, C, h, w]; text embeddings [B, L, D]; null-text embeddings [B, T, L, D], or [B, 1, L, D] for all
-        steps; the step at which each image joins [B].
+        steps; the step at which each image's walk begins [B]. All on the CPU.
     """
     files = [folders[row["label"]]["null_text"] for row in rows]
     shape = files[0].get_slice("latents").get_shape()[1:]
@@ -140,36 +139,32 @@ def guided_steps(num_steps, wanted):
 
 
 def generate(rows, folders, pipe, schedule, prompt_embeds, empty, device, args, progress):
-    """The images [B, 3, H, W] in [0, 1] of a batch of rows."""
-    start_at = starting_point(rows, folders, schedule, prompt_embeds, empty, args)
-    z, prompts, null, first_step = (x.to(device) for x in start_at)
-    w = torch.tensor([row["guidance_scale"] for row in rows], device=device)
+    """The images [B, 3, H, W] in [0, 1], on the CPU, of a batch of rows."""
+    z, prompts, null, first_step = starting_point(rows, folders, schedule, prompt_embeds, empty, args)
+    w = torch.tensor([row["guidance_scale"] for row in rows])
     guided = guided_steps(len(schedule.timesteps), args.guidance_steps)
-    z = diffusion.denoise(pipe.unet, schedule, z, prompts, null, w, guided, first_step, progress)
-    images = diffusion.decode_latents(pipe.vae, z)
+    for first in first_step.unique().tolist():
+        on = first_step == first
+        parts = (x[on].to(device, non_blocking=True) for x in (z, prompts, null, w))
+        z[on] = diffusion.denoise(pipe.unet, schedule, *parts, guided, first, progress).to(z)
+        progress.update(first * int(on.sum()))
+    images = diffusion.decode_latents(pipe, z.to(device))
     if images.shape[-1] != args.image_size:
         images = TF.resize(images, [args.image_size] * 2, TF.InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
-    return images
+    return images.cpu()
 
 
 def load_teacher(folders, args, device):
     """The teacher, specialised by cosine prototypes on the support images of the classes in `folders`, and the share of
-    them that it gets right when each is held out, or None.
-
-    Raises:
-        UserError: there is one class only, or a support image is missing.
-    """
-    paths = {
-        name: [Path(args.support_dir or facts["support_dir"]) / name / image for image in facts["images"]]
-        for name, facts in folders.items()
-    }
-    missing = [path for group in paths.values() for path in group if not path.is_file()]
+    them that it gets right when each is held out, or None. A UserError where there is one class only, or none."""
+    roots = {name: Path(args.support_dir or facts["support_dir"]) / name for name, facts in folders.items()}
+    paths, labels = with_labels({name: [root / k for k in folders[name]["images"]] for name, root in roots.items()})
+    missing = [path for path in paths if not path.is_file()]
     if missing or len(folders) < 2:
         why = f"{missing[0]} is missing: say where with --support_dir" if missing else "there is one class only"
         raise UserError(f"The teacher needs the support images of two classes or more, and {why}.")
     model = load_model(args.teacher, image_size=args.teacher_image_size).to(device)
-    supports = torch.stack([load_image(path, input_size(model)[0]) for group in paths.values() for path in group])
-    supports, labels = supports.to(device), torch.tensor([i for i, group in enumerate(paths.values()) for _ in group])
+    supports = torch.stack([load_image(path, input_size(model)[0]) for path in paths]).to(device)
     teacher = PrototypeClassifier(model, supports, labels)
     with torch.no_grad():
         f = torch.cat([features(model, batch) for batch in supports.split(64)]).cpu()
@@ -181,48 +176,34 @@ def drop_strangers(rows, images, teacher, names, threshold):
     """Notes in the rows of a batch of images which of them, as they will be written, the teacher gives to another class
     with a confidence above the threshold: these are dropped."""
     size = input_size(teacher)[0]
-    pictures = torch.stack([as_tensor(as_picture(x), size) for x in images.cpu()]).to(images.device)
-    confidences, answers = teacher(pictures).softmax(-1).max(-1)
+    pictures = torch.stack([as_tensor(as_picture(x), size) for x in images])
+    confidences, answers = teacher(pictures.to(teacher.center.device)).softmax(-1).max(-1)
     for row, confidence, answer in zip(rows, confidences.tolist(), answers.tolist()):
         if names[answer] != row["label"] and confidence > threshold:
             row |= {"file_name": None, "dropped": f"the teacher calls it {names[answer]}, confidence {confidence:.3f}"}
 
 
-def save_overview(rows, folders, args, columns=24, lines=8):
-    """grid.png: the supports of each class side by side on top, then one row of generated images per alpha; of alphas
-    drawn at random, `lines` rows from the smallest to the largest. Classes and alphas stand beside them."""
+def save_overview(rows, folders, args, columns=24):
+    """grid.png: the supports of each class side by side on top, then a row of generated images of each alpha, or fifth
+    of alphas drawn at random. Classes and alphas stand beside them."""
     names = list(folders)[:columns]
     per_class = min(columns // len(names), *(len(folders[name]["images"]) for name in names))
-    supports, shown, titles = [], [], []
+    grid, titles, blank, groups = [], [], torch.ones(3, args.image_size, args.image_size), {}
     if args.method != "textual_inversion":
         paths = [Path(folders[n]["support_dir"]) / n / s for n in names for s in folders[n]["images"][:per_class]]
         if all(path.is_file() for path in paths):
-            supports.append([load_image(path, args.image_size) for path in paths])
+            grid.append([load_image(path, args.image_size) for path in paths])
             titles.append("supports")
-    of_class = {name: [row for row in rows if row["label"] == name and row["file_name"]] for name in names}
-    if args.alpha == ["uniform"]:
-        ordered = {name: sorted(group, key=lambda row: row["alpha"]) for name, group in of_class.items()}
-        for i in range(lines):
-            at = {name: i * (len(group) - per_class) // (lines - 1) for name, group in ordered.items()}
-            shown.append([ordered[name][max(0, at[name]) :][:per_class] for name in names])
-            found = [row["alpha"] for group in shown[-1] for row in group]
-            titles.append(f"alpha {min(found):.2f} to {max(found):.2f}" if found else "")
-    else:
-        alphas = dict.fromkeys(row.get("alpha") for row in rows)
-        shown = [[[r for r in of_class[n] if r.get("alpha") == alpha][:per_class] for n in names] for alpha in alphas]
-        titles += ["no support" if alpha is None else f"alpha {alpha:g}" for alpha in alphas]
-    wanted = {row["file_name"] for line in shown for group in line for row in group}
+    for row in rows:
+        level = level_of(row.get("alpha"), args.alpha == ["uniform"])
+        groups.setdefault(level, {name: [] for name in names}).get(row["label"], []).append(row["file_name"])
+    shown = {level: [files[:per_class] for files in of_class.values()] for level, of_class in sorted(groups.items())}
+    wanted = {file for line in shown.values() for files in line for file in files}
     pictures = {row["file_name"]: as_tensor(image) for row, image in open_samples(args.output_dir, wanted=wanted)}
-    blank = torch.ones(3, args.image_size, args.image_size)
-    grid = [
-        [picture for group in line for picture in pad([pictures[row["file_name"]] for row in group], per_class, blank)]
-        for line in shown
-    ]
-    save_grid(supports + grid, Path(args.output_dir) / "grid.png", titles, names)
-
-
-def pad(items, length, filler):
-    return items + [filler] * (length - len(items))
+    for level, line in shown.items():
+        grid.append([pictures[k] if k else blank for files in line for k in (files + [None] * per_class)[:per_class]])
+        titles.append("no support" if level is None else f"alpha {level:g}")
+    save_grid(grid, Path(args.output_dir) / "grid.png", titles, names)
 
 
 def check_arguments(args):
@@ -238,12 +219,10 @@ def check_arguments(args):
 
 def recorded_settings(args):
     """The options that decide which images are made."""
-    how = ["batch_size", "inversion_dir", "support_dir", "vae_slicing", "vae_tiling", "compile", "agreement"]
-    if args.format == "folder":  # to which images can be added; in shards, more would fall into other files
-        how += ["num_images_per_class", "shard_size"]
-    if args.filter_threshold is None:
-        how += ["teacher", "teacher_image_size"]
-    return settings_of(args, *how)
+    how = ["batch_size", "inversion_dir", "support_dir", "compile", "agreement"]
+    # Images can be added to folders; in shards, more would fall into other files.
+    how += ["num_images_per_class", "shard_size"] if args.format == "folder" else []
+    return settings_of(args, *how, *(["teacher", "teacher_image_size"] if args.filter_threshold is None else []))
 
 
 def read_rows(path):
@@ -272,12 +251,8 @@ def file_name(row, args):
 
 
 def write_images(k, rows, images, finished, args):
-    """Writes chunk `k`: its images, but for those dropped, as files or as one shard; then its rows, which mark it.
-    Files that are there already stay: in a chunk that grew, they would come out the same but for their last bits.
-
-    Args:
-        images: of each row the bytes of its file. finished: the rows of images that are there.
-    """
+    """Writes chunk `k`: its `images`, of each row the bytes of its file, but for those dropped, as files or as a shard;
+    then its rows, which mark it. Files of `finished` rows stay: in a chunk that grew, their last bits would change."""
     output_dir = Path(args.output_dir)
     rows = [{"file_name": file_name(row, args)} | row for row in rows]
     if args.format == "webdataset":
@@ -313,10 +288,8 @@ def main(args):
     if width != pipe.text_encoder.config.hidden_size:
         raise UserError(f"{model} is another kind of model than the one that {args.inversion_dir} was inverted into.")
     if pipe.fingerprint != inverted["model_weights"] and not args.pretrained_model_name_or_path:
-        raise UserError(
-            f"The weights of {model} are not those that {args.inversion_dir} was inverted into: invert again, or, if "
-            "that is meant, name the model with --pretrained_model_name_or_path."
-        )
+        raise UserError(f"The weights of {model} are not those that {args.inversion_dir} was inverted into: invert "
+                        "again, or, if meant so, name the model with --pretrained_model_name_or_path.")  # fmt: skip
     settings = recorded_settings(args)
     settings |= {"model_weights": pipe.fingerprint, "mixed_precision": accelerator.mixed_precision}
     settings["teacher_weights"] = None if args.filter_threshold is None else weights_of(args.teacher)
@@ -331,24 +304,12 @@ def main(args):
 
     schedule = diffusion.make_schedule(pipe.scheduler, inverted["num_inference_steps"])
     for name in folders:
-        with blaming(Path(args.inversion_dir) / name / EMBEDS):
-            pipe.load_textual_inversion(str(Path(args.inversion_dir) / name / EMBEDS))
+        pipe.load_textual_inversion(str(Path(args.inversion_dir) / name / EMBEDS))
     with torch.no_grad():
         empty = diffusion.encode_prompts(pipe, [""]).cpu()
-        texts = [
-            inverted["plain_prompt"]
-            if args.method == "null_text"
-            else inverted["prompt"].replace("{}", facts["placeholder_token"])
-            for facts in folders.values()
-        ]
+        texts = [inverted["prompt"].replace("{}", facts["placeholder_token"]) for facts in folders.values()]
         prompt_embeds = dict(zip(folders, torch.cat([diffusion.encode_prompts(pipe, [t]) for t in texts]).cpu()))
     teacher, held_out = (None, None) if args.filter_threshold is None else load_teacher(folders, args, device)
-    if args.vae_slicing:
-        pipe.vae.enable_slicing()
-    if args.vae_tiling:
-        pipe.vae.enable_tiling()
-    if args.compile:
-        pipe.unet.compile()
     finished = read_finished(args)
     plans = plan_images(folders, finished, args)
     rows = [row for plan in plans for row in plan]
@@ -364,17 +325,28 @@ def main(args):
     new = sum((row["label"], row["index"]) not in finished for _, chunk in mine for row in chunk)
     steps = len(schedule.timesteps) * sum(len(chunk) for _, chunk in mine)
     bar = tqdm(total=steps, desc=f"generating {new} images", unit="step", disable=not accelerator.is_local_main_process)
-    for k, chunk in mine:
-        images = []
-        for i in range(0, len(chunk), args.batch_size):
-            batch = chunk[i : i + args.batch_size]
-            x = generate(batch, folders, pipe, schedule, prompt_embeds, empty, device, args, bar)
-            if not x.isfinite().all():
-                raise UserError(f"{file_name(batch[0], args)} came out as NaN: use --mixed_precision bf16 or no.")
-            if teacher is not None:
-                drop_strangers(batch, x, teacher, list(folders), args.filter_threshold)
-            images += [encode_image(image, args.image_format) for image in x.cpu()]
-        write_images(k, chunk, images, finished, args)
+    if mine:
+        one, batch = (f(pipe, inverted["resolution"]) for f in (diffusion.decoding_bytes, diffusion.bytes_of_a_latent))
+        decoding = max(one, min(diffusion.VAE_BYTES, args.batch_size * one))
+        parts = {"denoising (--batch_size)": 2 * args.batch_size * batch, "decoding": decoding}
+        announce([pipe.unet, pipe.vae, pipe.text_encoder], parts, device)
+    if args.compile:
+        pipe.unet = torch.compile(pipe.unet)
+    with ThreadPoolExecutor(4) as pool:  # files are encoded and written while the next images are made
+        writing = pool.submit(list)
+        for k, chunk in mine:
+            images = []
+            for i in range(0, len(chunk), args.batch_size):
+                batch = chunk[i : i + args.batch_size]
+                x = generate(batch, folders, pipe, schedule, prompt_embeds, empty, device, args, bar)
+                if not x.isfinite().all():
+                    raise UserError(f"{file_name(batch[0], args)} came out as NaN: use --mixed_precision bf16 or no.")
+                if teacher is not None:
+                    drop_strangers(batch, x, teacher, list(folders), args.filter_threshold)
+                images.append(pool.map(encode_image, x, repeat(args.image_format)))
+            writing.result()  # raises what has gone wrong
+            writing = pool.submit(write_images, k, chunk, chain.from_iterable(images), finished, args)
+        writing.result()
     bar.close()
     new = accelerator.gather(torch.tensor([new], device=device)).sum().item()
     if accelerator.is_main_process:
@@ -399,10 +371,8 @@ def main(args):
                 print(*found, sep="\n")
             except UserError as error:  # the images are there all the same
                 print(f"How often the teacher agrees is not known: {error}")
-        print(
-            f"{len(kept)} images in {output_dir}, {new} made now, {len(dropped)} dropped; see "
-            f"{output_dir / 'grid.png'}\npeak memory of a process: {peak_memory(device) / 2**30:.2f} GiB"
-        )
+        print(f"{len(kept)} images in {output_dir}, {new} made now, {len(dropped)} dropped; see {output_dir}/grid.png")
+        print(f"peak memory of a process: {peak_memory(device) / 2**30:.2f} GiB")
     accelerator.end_training()
 
 
@@ -439,9 +409,8 @@ def parse_args(argv=None):
           help="class folders, or tar files of many images each (pip install webdataset)")  # fmt: skip
     group("--shard_size", type=positive_int, default=1000, help="images in a tar file")
     group = parser.add_argument_group("speed and memory").add_argument
-    group("--batch_size", type=positive_int, default=50, help="images denoised together")
-    group("--vae_slicing", action="store_true", help="decode one image at a time")
-    group("--vae_tiling", action="store_true", help="decode an image in parts")
+    group("--batch_size", type=positive_int, default=50, help="images denoised together; they are decoded as many at a "
+          f"time as take {diffusion.VAE_BYTES / 2**30:.0f} GiB")  # fmt: skip
     group("--compile", action="store_true", help="compile the UNet: slow to start, then faster")
     return parser.parse_args(argv)
 

@@ -10,12 +10,12 @@ word, gives the image back. Together they are TINT (Landolsi and Kahl, 2406.0314
 import common.passive  # noqa: F401  (before torch is loaded)
 
 import argparse
+import math
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers.optimization import SchedulerType, get_scheduler
 from tqdm.auto import tqdm
 
 from common import diffusion
@@ -23,6 +23,7 @@ from common.checkpoint import load_checkpoint, save_checkpoint
 from common.cli import UserError, argument_parser, natural_int, non_negative, positive, positive_int, run, share
 from common.images import list_images, open_image, psnr
 from common.inversion import RECORD, batches, begin, describe, load, name_of, read_inversion, tidy, write_inversion
+from common.memory import announce
 from common.models import weights_of
 from common.processes import generator, share_out, start
 from common.records import changed_files, check_settings, fingerprints, remove_folder, save_tensors, settings_of
@@ -30,37 +31,30 @@ from common.upscaling import load_support, load_upscaler
 from common.words import add_new_words, require_distinct_words
 
 REFERENCE = {  # the paper's settings
-    "max_train_steps": 5000, "train_batch_size": 1, "learning_rate": 1e-3, "lr_scheduler": "constant", "patience": 0,
-    "validation_steps": 500, "num_inference_steps": 25, "guidance_scale": 7.5, "fixed_point_steps": 0,
-    "null_text_start": 0.0, "null_text_learning_rate": 1e-2, "null_text_steps": 10, "null_text_tolerance": 1e-5,
+    "max_train_steps": 5000, "train_batch_size": 1, "learning_rate": 1e-3, "patience": 0, "validation_steps": 500,
+    "num_inference_steps": 25, "guidance_scale": 7.5, "fixed_point_steps": 0, "null_text_start": 0.0,
+    "null_text_learning_rate": 1e-2, "null_text_steps": 10, "null_text_tolerance": 1e-5,
 }  # fmt: skip
 HOW = ("support_dir", "class_batch_size", "null_text_batch_size", "gradient_checkpointing")  # not what is computed
 
 
 @contextmanager
 def new_words(text_encoder, first_id, vectors):
-    """Lets the text encoder see `vectors` [K, D] as the embeddings of the tokens first_id, first_id + 1, ...
-
-    Only these rows enter the graph: the gradient and the optimiser never touch the rest of the embedding matrix.
-    """
+    """Lets the text encoder see `vectors` [K, D] as the embeddings of the tokens first_id, first_id + 1, ... Only these
+    rows enter the graph: gradient and optimiser never touch the rest of the embedding matrix."""
 
     def replace_rows(module, inputs, embeddings):
         new = inputs[0] - first_id
         rows = vectors[new.clamp(0, len(vectors) - 1)]
         return torch.where((new >= 0)[..., None], rows, embeddings)
 
-    handle = text_encoder.get_input_embeddings().register_forward_hook(replace_rows)
-    try:
+    with text_encoder.get_input_embeddings().register_forward_hook(replace_rows):
         yield
-    finally:
-        handle.remove()
 
 
 def draw_noisy_latents(latents, scheduler, batch_size, min_timestep, rng):
-    """A batch of one class's latents with noise: indices [B], timesteps [B], noise [B, C, h, w].
-
-    Timesteps are uniform on [min_timestep, T), one from each of B equal parts, which lowers the gradient's variance.
-    """
+    """A batch of one class's latents with noise: indices [B], timesteps [B], noise [B, C, h, w]. Timesteps are uniform
+    on [min_timestep, T), one from each of B equal parts, which lowers the gradient's variance."""
     indices = torch.randint(len(latents), (batch_size,), generator=rng)
     u = (torch.arange(batch_size) + torch.rand(batch_size, generator=rng)) / batch_size
     t_max = scheduler.config.num_train_timesteps
@@ -84,20 +78,21 @@ def gradient(loss, variable):
     return torch.autograd.grad(scale * loss, variable)[0] / scale
 
 
-def class_losses(pipe, first_id, vectors, texts, latents, draws):
+def class_losses(pipe, first_id, vectors, ids, latents, draws):
     """The diffusion loss of several classes, each a mean over its draw: [num_classes].
 
     Args:
-        vectors: [num_words, D], the embeddings of the tokens first_id, first_id + 1, ... texts: a prompt per class.
-        latents: per class z_0 [S_c, C, h, w]. draws: per class the result of `draw_noisy_latents`.
+        vectors: [num_words, D], the embeddings of the tokens first_id, first_id + 1, ... ids: a prompt's token ids per
+            class [num_classes, L]. latents: per class z_0 [S_c, C, h, w]. draws: per class `draw_noisy_latents`.
     """
-    device = vectors.device
-    z0 = torch.cat([z[indices.to(device)] for z, (indices, _, _) in zip(latents, draws)])
-    timesteps, noise = (torch.cat([draw[i] for draw in draws]).to(device) for i in (1, 2))
+    starts = [sum(map(len, latents[:c])) for c in range(len(latents))]
+    indices = torch.cat([draw[0] + start for draw, start in zip(draws, starts)])
+    drawn = indices, *(torch.cat([draw[i] for draw in draws]) for i in (1, 2))
+    indices, timesteps, noise = (x.to(vectors.device, non_blocking=True) for x in drawn)
     with new_words(pipe.text_encoder, first_id, vectors):
-        prompt_embeds = diffusion.encode_prompts(pipe, texts)
-    prompt_embeds = prompt_embeds.repeat_interleave(len(z0) // len(texts), 0)
-    return diffusion_loss(pipe, z0, timesteps, noise, prompt_embeds).view(len(texts), -1).mean(1)
+        prompt_embeds = pipe.text_encoder(ids)[0].repeat_interleave(len(noise) // len(ids), 0)
+    losses = diffusion_loss(pipe, torch.cat(latents)[indices], timesteps, noise, prompt_embeds)
+    return losses.view(len(ids), -1).mean(1)
 
 
 def goes_on(curve, args):
@@ -126,9 +121,6 @@ def textual_inversion(pipe, names, words, latents, first_id, vectors, args, acce
     learned = torch.nn.ParameterDict({"vectors": vectors.clone(), "best": vectors.clone()})
     vectors, best = learned["vectors"], learned["best"].data
     optimizer = torch.optim.AdamW([vectors], lr=args.learning_rate, weight_decay=args.adam_weight_decay)
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
-    )
 
     def draw(c, count, *key):
         rng = generator(args.seed, names[c], *key)
@@ -136,14 +128,16 @@ def textual_inversion(pipe, names, words, latents, first_id, vectors, args, acce
         return noisy, args.prompt_templates[torch.randint(len(args.prompt_templates), (), generator=rng)]
 
     def losses(classes, draws, templates):
-        texts = [template.replace("{}", words[c]) for c, template in zip(classes, templates)]
-        return class_losses(pipe, first_id, vectors.flatten(0, 1), texts, [latents[c] for c in classes], draws)
+        ids = torch.cat([tokens[c, template] for c, template in zip(classes, templates)])
+        return class_losses(pipe, first_id, vectors.flatten(0, 1), ids, [latents[c] for c in classes], draws)
 
+    tokens = {
+        (c, template): diffusion.token_ids(pipe, [template.replace("{}", word)])
+        for c, word in enumerate(words) for template in {args.prompt, *args.prompt_templates}
+    }  # fmt: skip
     fixed = [draw(c, args.validation_samples, "validation")[0] for c in range(len(names))]
     state, checkpoint = {"learned": learned, "optimizer": optimizer}, partial / "textual_inversion.safetensors"
     first_step, curves = load_checkpoint(checkpoint, {}, **state).get("progress", (0, [[] for _ in names]))
-    for _ in range(first_step):
-        lr_scheduler.step()
     hidden = not accelerator.is_local_main_process
     bar = tqdm(total=args.max_train_steps, initial=first_step, desc="textual inversion", unit="step", disable=hidden)
     active = [c for c in range(len(names)) if goes_on(curves[c], args)]
@@ -153,10 +147,8 @@ def textual_inversion(pipe, names, words, latents, first_id, vectors, args, acce
             with torch.no_grad():
                 found = losses(active, [fixed[c] for c in active], [args.prompt] * len(active))
             if not found.isfinite().all():
-                raise UserError(
-                    f"textual inversion diverged at step {step}: use a smaller --learning_rate than "
-                    f"{args.learning_rate}, or --mixed_precision bf16 or no."
-                )
+                raise UserError(f"textual inversion diverged at step {step}: use a smaller --learning_rate than "
+                                f"{args.learning_rate}, or --mixed_precision bf16 or no.")  # fmt: skip
             for c, loss in zip(active, found.tolist()):
                 if not args.patience or loss < min([x for _, x in curves[c]], default=float("inf")):
                     best[c] = vectors[c].detach()
@@ -170,7 +162,6 @@ def textual_inversion(pipe, names, words, latents, first_id, vectors, args, acce
         # The classes' losses share no parameter, so the sum trains each as if it were alone.
         vectors.grad = gradient(losses(active, draws, templates).sum(), vectors)
         optimizer.step()
-        lr_scheduler.step()
         bar.update()
     bar.total = bar.n  # what is left is not needed
     bar.close()
@@ -214,8 +205,7 @@ def null_text_inversion(unet, schedule, trajectory, prompt_embeds, null_embeds, 
     Args:
         trajectory: z* [T + 1, B, C, h, w]. prompt_embeds: [B, L, D]. null_embeds: start value [B, L, D].
     Returns:
-        null-text embeddings [B, T, L, D]; the latents z_0 [B, C, h, w] that denoising with them reaches; the number of
-        Adam steps of each image [B].
+        null-text [B, T, L, D]; the z_0 [B, C, h, w] that denoising with it reaches; Adam's steps of each image [B].
     """
     z, results = trajectory[0], []
     num_steps = torch.zeros(len(z), dtype=torch.long, device=z.device)
@@ -232,19 +222,21 @@ def null_text_inversion(unet, schedule, trajectory, prompt_embeds, null_embeds, 
                 at = z[active], i, eps_cond[active], null_embeds[active]
                 now = guided_step(unet, schedule, *at, args.guidance_scale)
                 loss = ((now - trajectory[i + 1, active]) ** 2).mean((1, 2, 3))
-            if not loss.isfinite().all():
-                raise UserError("null-text inversion came to NaN: use --mixed_precision bf16 or no.")
             reached[active] = now.detach()
-            far = loss.detach() >= args.null_text_tolerance
-            if is_last or not far.any():
+            losses = loss.tolist()  # the one wait for the device
+            if not all(map(math.isfinite, losses)):
+                raise UserError("null-text inversion came to NaN: use --mixed_precision bf16 or no.")
+            num_far = sum(x >= args.null_text_tolerance for x in losses)
+            if is_last or not num_far:
                 break
-            null_embeds.grad = gradient(loss[far].sum(), null_embeds)
+            far = loss.detach() >= args.null_text_tolerance
+            null_embeds.grad = gradient((loss * far).sum(), null_embeds)
             before = null_embeds.detach().clone()
             optimizer.step()
-            active = active[far]
+            active = active[torch.nonzero_static(far, size=num_far)[:, 0]]
             num_steps[active] += 1
-            done = torch.ones(len(z), dtype=torch.bool, device=z.device).index_fill(0, active, False)
-            null_embeds.data[done] = before[done]  # Adam's momentum would move them on
+            done = torch.ones(len(z), 1, 1, dtype=torch.bool, device=z.device).index_fill(0, active, False)
+            null_embeds.data = torch.where(done, before, null_embeds.data)  # Adam's momentum would move them on
         results.append(null_embeds.detach())
         z = reached
         progress.update(len(z))
@@ -272,7 +264,7 @@ def invert_images(counts, latents, texts, pipe, schedule, args, accelerator, par
     for k, (z0, c) in enumerate(zip(torch.cat(latents).split(size), prompt_embeds.split(size))):
         done = partial / f"images-{k}.safetensors"
         if done.is_file():
-            result = load(done, z0.device)
+            results.append(load(done, z0.device))
             progress.update(len(z0) * len(schedule.timesteps))
         else:
             trajectory = ddim_inversion(pipe.unet, schedule, z0, c, args.fixed_point_steps)
@@ -284,19 +276,16 @@ def invert_images(counts, latents, texts, pipe, schedule, args, accelerator, par
                 null = empty[None].expand(len(z0), -1, -1, -1)
                 result["ddim"] = diffusion.denoise(pipe.unet, schedule, trajectory[0], c, null, args.guidance_scale)
             save_tensors(done, result)
-        results.append(result)
+            results.append(result)
     progress.close()
     parts = {name: torch.cat([result[name] for result in results]).split(counts) for name in results[0]}
     return [dict(zip(parts, values)) for values in zip(*parts.values())]
 
 
 def invert_classes(names, paths, known, settings, pipe, schedule, upscaler, args, accelerator):
-    """Inverts images of several classes together, and writes each class's folder.
-
-    Args:
-        paths, settings: {class name: images}, {class name: settings for its record}.
-        known: what is recorded of one class to which the images are added, and which keeps its word; else None.
-    """
+    """Inverts images of several classes together, {class name: paths}, and writes each class's folder with its
+    settings, {class name: settings}. `known`: what is recorded of one class to which the images are added, and which
+    keeps its word; else None."""
     device, root, partial = accelerator.device, Path(args.output_dir), begin(names, settings, args)
     images = [[load_support(path, args.resolution, upscaler) for path in paths[name]] for name in names]
     images = [torch.stack(batch).to(device) for batch in images]
@@ -304,24 +293,17 @@ def invert_classes(names, paths, known, settings, pipe, schedule, upscaler, args
     words, first_id, vectors, initializers = add_new_words(pipe, names, args)
     if known:
         learned, curves = load(root / names[0] / "learned_embeds.safetensors", device), [[]]
-        vectors = torch.stack([learned[word] for word in words]).to(device)
+        vectors = torch.stack([learned[word] for word in words])
     else:
         vectors, curves = textual_inversion(pipe, names, words, latents, first_id, vectors, args, accelerator, partial)
     pipe.text_encoder.get_input_embeddings().weight.data[first_id:] = vectors.flatten(0, 1)
 
-    inverted, counts = {}, [len(batch) for batch in images]
-    for file, prompt, place in ("null_text", args.prompt, "."), ("null_text_plain", args.plain_prompt, "plain"):
-        if prompt is not None:
-            texts = [prompt.replace("{}", word) for word in words]
-            inverted[file] = invert_images(counts, latents, texts, pipe, schedule, args, accelerator, partial / place)
-
+    counts, texts = [len(batch) for batch in images], [args.prompt.replace("{}", word) for word in words]
+    inverted = invert_images(counts, latents, texts, pipe, schedule, args, accelerator, partial)
     for c, name in enumerate(names):
-        result = {"vae": latents[c]} | inverted["null_text"][c]
-        decoded = {
-            kind: torch.cat([diffusion.decode_latents(pipe.vae, z[None]) for z in result[kind]])
-            for kind in ("vae", "ddim", "null_text")
-            if kind in result
-        }
+        result = {"vae": latents[c]} | inverted[c]
+        kinds = [kind for kind in ("vae", "ddim", "null_text") if kind in result]
+        decoded = {k: torch.cat([diffusion.decode_latents(pipe, z[None]) for z in result[k]]) for k in kinds}
         sides = [min(open_image(path).size) for path in paths[name]]
         facts = {
             "settings": settings[name],
@@ -336,26 +318,23 @@ def invert_classes(names, paths, known, settings, pipe, schedule, upscaler, args
             "null_text_steps": result["num_steps"].tolist(),
             "reconstruction_psnr_db": {kind: psnr(x, images[c]).tolist() for kind, x in decoded.items()},
         }
-        tensors = {
-            file: {k: results[c][k] for k in ("latents", "null_offsets")} | {"image_latents": latents[c].half()}
-            for file, results in inverted.items()
-        }
+        tensors = {k: result[k] for k in ("latents", "null_offsets")} | {"image_latents": latents[c].half()}
         write_inversion(root / name, facts, vectors[c], tensors, [images[c], *decoded.values()], known)
     remove_folder(partial)
 
 
 def read_templates(args):
     """The prompt templates of textual inversion: the lines of --prompt_templates, by default --prompt alone."""
-    templates = {f"--prompt {args.prompt!r}": [args.prompt]}
-    if args.prompt_templates is not None:
-        path = Path(args.prompt_templates)
-        if not path.is_file():
-            raise UserError(f"--prompt_templates {path}: no such file.")
-        lines = [line.strip() for line in path.read_text("utf-8", "replace").splitlines() if line.strip()]
-        templates[f"--prompt_templates {path}: each line"] = lines
-    for option, lines in templates.items():
-        if not lines or any(line.count("{}") != 1 for line in lines):
-            raise UserError(f"{option} must hold {{}} once, where the learned word goes.")
+    if args.prompt.count("{}") != 1 and (args.max_train_steps or "{}" in args.prompt):
+        raise UserError(f"--prompt {args.prompt!r} must hold {{}} once, where the learned word goes, or not at all and "
+                        "with --max_train_steps 0.")  # fmt: skip
+    if args.prompt_templates is None:
+        return [args.prompt]
+    path = Path(args.prompt_templates)
+    lines = path.read_text("utf-8", "replace").splitlines() if path.is_file() else []
+    lines = [line.strip() for line in lines if line.strip()]
+    if not lines or any(line.count("{}") != 1 for line in lines):
+        raise UserError(f"--prompt_templates {path}: no such file, or not {{}} once in each of its lines.")
     return lines
 
 
@@ -368,8 +347,8 @@ def main(args):
         args.pretrained_model_name_or_path, accelerator.device, accelerator.mixed_precision, args.revision, args.variant
     )
     upscaler = None if args.upscaler == "bicubic" else load_upscaler(args.upscaler, accelerator.device)
-    if args.gradient_checkpointing:
-        pipe.unet.enable_gradient_checkpointing()
+    switch = "enable" if args.gradient_checkpointing else "disable"
+    getattr(pipe.unet, f"{switch}_gradient_checkpointing")()
     if args.resolution is None:
         args.resolution = pipe.unet.config.sample_size * pipe.vae_scale_factor
     if args.resolution % pipe.vae_scale_factor:
@@ -386,6 +365,15 @@ def main(args):
     new = [name for name in classes if name not in done]
     groups = share_out(batches(root, new, settings, args, accelerator.num_processes), accelerator)
     done = share_out(done, accelerator)
+    if groups:
+        asked, trained = (diffusion.bytes_of_a_latent(pipe, args.resolution, grad) for grad in (False, True))
+        parts = {
+            "textual inversion (--train_batch_size)": len(groups[0]) * args.train_batch_size * trained,
+            "its validation (--validation_samples)": len(groups[0]) * args.validation_samples * asked,
+            "null-text inversion (--null_text_batch_size)": args.null_text_batch_size * trained,
+            "the VAE": diffusion.decoding_bytes(pipe, args.resolution),
+        }
+        announce([pipe.unet, pipe.vae, pipe.text_encoder], parts, accelerator.device)
     for names in groups:
         invert_classes(names, classes, None, settings, pipe, schedule, upscaler, args, accelerator)
     for name in done:
@@ -412,9 +400,9 @@ def parse_args(argv=None):
     add("--resolution", type=positive_int, help="side that images, cut square, are resized to; default: the model's")
     add("--upscaler", default="bicubic", help="for smaller images: a safetensors checkpoint that spandrel knows")
     add("--preset", choices=["fast", "reference"], default="fast", help="reference: the paper's settings for the below")
-    add("--prompt", default="a photo of a {}", help="prompt of inversion and generation; {} is the learned word")
+    add("--prompt", default="a photo of a {}", help="prompt of inversion and generation; {} is the learned word, which "
+        "a plain prompt lacks (generation's null_text method): with --max_train_steps 0")  # fmt: skip
     add("--prompt_templates", help="file with a prompt a line for textual inversion; default: --prompt alone")
-    add("--plain_prompt", help="also invert with this prompt, without the learned word (generation's null_text method)")
     group = parser.add_argument_group("textual inversion").add_argument
     group("--num_vectors", type=positive_int, default=1, help="vectors of a learned word")
     group("--initializer_token", help="word or words to start from; default: those of the class name")
@@ -423,8 +411,6 @@ def parse_args(argv=None):
     group("--train_batch_size", type=positive_int, default=4, help="noisy latents a class and step")
     group("--learning_rate", type=positive, default=5e-3, help="AdamW's learning rate")
     group("--adam_weight_decay", type=non_negative, default=1e-2, help="AdamW's weight decay")
-    group("--lr_scheduler", default="constant", choices=[s.value for s in SchedulerType][:6], help="its course")
-    group("--lr_warmup_steps", type=natural_int, default=0, help="steps of its warm-up")
     group("--min_timestep", type=natural_int, default=250, help="smallest t of training: below is no class's detail")
     group("--validation_steps", type=positive_int, default=10, help="steps between losses on fixed noise")
     group("--validation_samples", type=positive_int, default=16, help="fixed noisy latents a class")

@@ -33,10 +33,11 @@ SHOTS = 5
 DEFAULTS = "no such model has settings of its own"  # so that the script's defaults hold
 
 
-def stable_diffusion_1_5():
-    """The networks of Stable Diffusion 1.5 without their weights. The tokenizer is mini-SD's: only lengths count."""
+def stable_diffusion_1_5(device="meta"):
+    """The networks of Stable Diffusion 1.5 from their public configuration, elsewhere than on `meta` with random
+    weights. The tokenizer is mini-SD's: only lengths count."""
     tokenizer = CLIPTokenizer.from_pretrained("assets/mini-sd/tokenizer", model_max_length=77)
-    with torch.device("meta"):
+    with torch.device(device):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
         vae = AutoencoderKL(
             block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=512,
@@ -100,11 +101,11 @@ def inversion(args, iterations):
     prompt_embeds, null_embeds = torch.rand(2, 1, 77, 768, device=meta)
     null_embeds.requires_grad_()
     vectors = torch.rand(1, 768, device=meta, requires_grad=True)
-    first_id = len(pipe.tokenizer)
+    first_id, ids = len(pipe.tokenizer), diffusion.token_ids(pipe, ["a photo of a tree"])
 
     def loss_of(count):
         noisy = torch.zeros(count, dtype=torch.long), torch.zeros(count, dtype=torch.long), z0.expand(count, -1, -1, -1)
-        return tint_invert.class_losses(pipe, first_id, vectors, ["a photo of a tree"], [z0], [noisy]).sum()
+        return tint_invert.class_losses(pipe, first_id, vectors, ids, [z0], [noisy]).sum()
 
     def validate():
         with torch.no_grad():
@@ -127,7 +128,7 @@ def inversion(args, iterations):
         * tflop(condition_and_step),
         "null-text: optimisation": iterations["null_text_steps"]
         * tflop(lambda: tint_invert.gradient(guided_step().sum(), null_embeds)),
-        "pictures for the record": 2 * tflop(diffusion.decode_latents, pipe.vae, z0),
+        "pictures for the record": 2 * tflop(diffusion.decode_latents, pipe, z0),
     }
     parts = {name: SHOTS * value for name, value in per_image.items()} | {
         "textual inversion": iterations["textual_inversion_steps"]
@@ -144,10 +145,10 @@ def generation(num_inference_steps, guidance_steps, share=1.0):
     schedule = diffusion.make_schedule(pipe.scheduler, num_inference_steps)
     z, embeds = torch.rand(1, 4, 64, 64, device="meta"), torch.rand(1, 77, 768, device="meta")
     guided = tint_generate.guided_steps(num_inference_steps, guidance_steps)
-    first_step = torch.tensor([num_inference_steps - round(share * num_inference_steps)])
+    first_step = num_inference_steps - round(share * num_inference_steps)
     walk = pipe.unet, schedule, z, embeds, embeds[:, None], 7.5, guided, first_step
     denoising = tflop(diffusion.denoise, *walk)
-    return denoising + tflop(diffusion.decode_latents, pipe.vae, z)
+    return denoising + tflop(diffusion.decode_latents, pipe, z)
 
 
 def main(args):

@@ -51,16 +51,18 @@ def main(args):
         folder = Path(args.output_dir) / args.split / f"{index:03d}"
         if not (folder / "support").is_dir():
             datasets.write_supports(dataset, 5, 5, args.seed, index, folder / "support")
-        inversion = ["--support_dir", str(folder / "support"), "--output_dir", str(folder / "inversion")]
-        inversion += ["--plain_prompt", "an icon", "--seed", str(index)]
+        inversions = {"inversion": [], "plain": ["--prompt", "an icon", "--max_train_steps", "0"]}
         supports, labels, classes, _ = load_folder(folder / "support", models.input_size(model)[0])
         teacher = models.PrototypeClassifier(model, supports, labels)
         with redirect_stdout(sys.stderr):
-            tint_invert.main(tint_invert.parse_args(inversion))
+            for name, options in inversions.items():
+                options += ["--support_dir", str(folder / "support"), "--output_dir", str(folder / name)]
+                tint_invert.main(tint_invert.parse_args([*options, "--seed", str(index)]))
         support = teacher.embed(supports).detach(), labels
         for name in args.settings:
             made = folder / name.replace(" ", "_")
-            options = ["--inversion_dir", str(folder / "inversion"), "--output_dir", str(made), "--seed", str(index)]
+            source = folder / ("plain" if "null_text" in SETTINGS[name].split() else "inversion")
+            options = ["--inversion_dir", str(source), "--output_dir", str(made), "--seed", str(index)]
             options += ["--num_images_per_class", str(args.num_images_per_class), "--alpha", *args.alpha]
             with redirect_stdout(sys.stderr):
                 tint_generate.main(tint_generate.parse_args([*options, *SETTINGS[name].split()]))

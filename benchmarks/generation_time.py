@@ -33,7 +33,7 @@ def reference_image(pipe, schedule, z, prompt_embeds, null_embeds, guidance_scal
         eps_uncond = diffusion.predict_noise(pipe.unet, schedule, z, i, null_embeds[i : i + 1])
         eps = diffusion.guide(eps_uncond, eps_cond, guidance_scale)
         z = diffusion.ddim_step(z, eps, schedule.abar[i], schedule.abar[i + 1])
-    return diffusion.decode_latents(pipe.vae, z)
+    return diffusion.decode_latents(pipe, z)
 
 
 def main(args):

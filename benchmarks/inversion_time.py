@@ -44,12 +44,13 @@ def reference_seconds_per_class(support_dir, num_steps, num_images):
     vectors, rng = vectors[0].requires_grad_(), torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW([vectors], lr=args.learning_rate)
     text = args.prompt.replace("{}", words[0])
+    ids = diffusion.token_ids(pipe, [text])
 
     def textual_inversion():
         for step in range(num_steps):
             z0 = diffusion.encode_images(pipe.vae, images[step % 5][None])
             draw = tint_invert.draw_noisy_latents(z0, pipe.scheduler, 1, args.min_timestep, rng)
-            loss = tint_invert.class_losses(pipe, first_id, vectors, [text], [z0], [draw]).sum()
+            loss = tint_invert.class_losses(pipe, first_id, vectors, ids, [z0], [draw]).sum()
             vectors.grad = tint_invert.gradient(loss, vectors)
             optimizer.step()
 

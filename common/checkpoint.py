@@ -2,6 +2,7 @@
 
 import json
 from contextlib import suppress
+from functools import partial
 
 import torch
 from safetensors import safe_open
@@ -11,12 +12,8 @@ from common.records import blaming, compare_settings, save_tensors
 
 
 def save_checkpoint(path, facts, **stateful):
-    """Writes a checkpoint, which appears whole.
-
-    Args:
-        facts: {name: what JSON can hold}.
-        stateful: {name: module, or optimizer whose state are tensors by parameter, as AdamW's}.
-    """
+    """Writes a checkpoint, which appears whole: facts, {name: what JSON can hold}, and modules, or optimizers whose
+    state are tensors by parameter, as AdamW's."""
     tensors = {}
     for name, owner in stateful.items():
         state = owner.state_dict()
@@ -35,21 +32,13 @@ def read_checkpoint(path, settings):
 
 
 def load_checkpoint(path, settings, accelerator=None, **stateful):
-    """Restores what `save_checkpoint` saved and returns its facts; does nothing and returns {} where there is none.
-
-    Args:
-        accelerator: where processes go on together: the main one reads for all.
-    Raises:
-        UserError: the file is damaged, or its fact "settings", where it has it, is not `settings`.
-    """
-
-    def read():
-        return read_checkpoint(path, settings)
-
-    found = as_main_sees(read, accelerator) if accelerator else read()
-    if found is None:
-        return {}
-    facts, tensors = found
+    """Restores what `save_checkpoint` saved and returns its facts, or {} where there is none; a UserError where the
+    file is damaged, or its fact "settings", if any, is not `settings`. With an accelerator, whose processes go on
+    together, the main one reads for all."""
+    read = partial(read_checkpoint, path, settings)
+    facts, tensors = (as_main_sees(read, accelerator) if accelerator else read()) or ({}, None)
+    if tensors is None:
+        return facts
     with blaming(path):
         for name, owner in stateful.items():
             state = {k.partition("/")[2]: v for k, v in tensors.items() if k.startswith(f"{name}/")}

@@ -118,6 +118,7 @@ def argument_parser(description, output_dir):
     add("--output_dir", default=output_dir, help="folder to write to")
     add("--seed", type=natural_int, default=0, help="seed of everything random")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="overrides what accelerate was launched with")
+    add("--deterministic", action="store_true", help="only algorithms that repeat their results, on GPUs too: slower")
     add("--report_to", help="tracker for settings and curves: tensorboard, wandb, trackio, ... (must be installed)")
     return parser
 

@@ -4,8 +4,10 @@ Symbols are those of the papers: latents `z_t`, cumulative alpha `abar_t`, predi
 Latents are float32 [B, C, h, w] whatever the precision of the UNet.
 """
 
+import copy
 import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from common.cli import UserError
+from common.memory import peak_bytes
 from common.records import fingerprint_tensors, read_json
 
 for logging in (diffusers_logging, transformers_logging):
@@ -22,28 +25,25 @@ for logging in (diffusers_logging, transformers_logging):
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHT_DTYPE = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+VAE_BYTES = 2 * 2**30  # of activations: as many images are decoded at once as do with that
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The noise levels of a walk of T steps, from noise (index 0) to image (index T).
+    """The noise levels of a walk of T steps, from noise (index 0) to image (index T)."""
 
-    timesteps: T descending integers; the network's time at index i.
-    abar: T + 1 ascending numbers; the cumulative alpha at index i, the last that of a finished latent.
-    prediction_type: what the network predicts, "epsilon" or "v_prediction".
-    """
-
-    timesteps: tuple
-    abar: tuple
-    prediction_type: str
+    timesteps: tuple  # T descending integers: the network's time at index i
+    abar: tuple  # T + 1 ascending numbers: the cumulative alpha at index i, the last that of a finished latent
+    prediction_type: str  # what the network predicts, "epsilon" or "v_prediction"
 
 
 def load_stable_diffusion(name_or_path, device, mixed_precision="no", revision=None, variant=None):
     """A frozen `StableDiffusionPipeline` with a DDIM scheduler, from a folder or the hub, from safetensors only.
 
     The UNet gets the working precision. The text encoder and the VAE stay in float32: they cost little, the learned
-    vectors need it, and reconstruction is judged on what the VAE returns. `pipe.fingerprint` tells the weights
-    and the noise, whatever the precision, since a path or a name says nothing of what lies there.
+    vectors need it, and reconstruction is judged on what the VAE returns. `pipe.fingerprint` tells the weights and the
+    noise, whatever the precision, since a path or a name says nothing of what lies there. The model last loaded is
+    kept, for the next arm of a benchmark: text encoder and tokenizer, which learn words, are copies of its own.
 
     Raises:
         UserError: no such folder, or not a Stable Diffusion 1.x or 2.x model.
@@ -55,6 +55,17 @@ def load_stable_diffusion(name_or_path, device, mixed_precision="no", revision=N
     if str(name_or_path).startswith((".", "/", "assets/", "outputs/")) and not folder.is_dir():
         ours = f" There is {ROOT / folder}: give that, or start in {ROOT}." if (ROOT / folder).is_dir() else ""
         raise UserError(f"--pretrained_model_name_or_path {name_or_path}: no such folder.{ours}")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())  # none of a model on the hub
+    stamps = tuple((path, path.stat().st_mtime_ns) for path in files)
+    kept = load_networks(str(name_or_path), device, mixed_precision, revision, variant, stamps)
+    pipe = copy.copy(kept)
+    pipe.tokenizer, pipe.text_encoder = copy.deepcopy(kept.tokenizer), copy.deepcopy(kept.text_encoder).to(device)
+    return pipe
+
+
+@lru_cache(maxsize=1)
+def load_networks(name_or_path, device, mixed_precision, revision, variant, stamps):
+    """The pipeline of `load_stable_diffusion`, its text encoder on the CPU. `stamps`: its files and their times."""
     try:
         pipe = StableDiffusionPipeline.from_pretrained(
             name_or_path, revision=revision, variant=variant, use_safetensors=True, safety_checker=None,
@@ -63,7 +74,8 @@ def load_stable_diffusion(name_or_path, device, mixed_precision="no", revision=N
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
         unet, width = pipe.unet.config, pipe.text_encoder.config.hidden_size
     except Exception as error:  # the hub, json, safetensors and diffusers each raise their own kinds
-        named = {path.stem.split(".")[1].split("-")[0] for path in folder.glob("unet/*.*.safetensors")}
+        files = Path(name_or_path).glob("unet/*.*.safetensors")
+        named = {path.stem.split(".")[1].split("-")[0] for path in files}
         hint = f" Its weights are a variant: add --variant {min(named)}." if named and not variant else ""
         raise UserError(
             f"Cannot load {name_or_path} as a Stable Diffusion model: {error}{hint}\nGive a folder or hub name with "
@@ -81,8 +93,8 @@ def load_stable_diffusion(name_or_path, device, mixed_precision="no", revision=N
     meaning = f"{config.prediction_type}/{config.timestep_spacing}/{pipe.vae.config.scaling_factor}"
     pipe.fingerprint = fingerprint_tensors([*tensors, (meaning, pipe.scheduler.alphas_cumprod)])
     for module in modules:
-        module.requires_grad_(False).eval().to(device)
-    pipe.unet.to(WEIGHT_DTYPE[mixed_precision])
+        module.requires_grad_(False).eval()
+    pipe.unet.to(device, WEIGHT_DTYPE[mixed_precision]), pipe.vae.to(device)
     return pipe
 
 
@@ -123,24 +135,30 @@ def encode_images(vae, images):
 
 
 @torch.no_grad()
-def decode_latents(vae, latents):
-    """Latents z_0 to images [B, 3, H, W] in [0, 1]."""
-    return (vae.decode(latents / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+def decode_latents(pipe, latents):
+    """Latents z_0 to images [B, 3, H, W] in [0, 1], of which as many at once as VAE_BYTES allow."""
+    side = pipe.vae_scale_factor * latents.shape[-1]
+    parts = latents.split(max(1, VAE_BYTES // decoding_bytes(pipe, side)))
+    images = torch.cat([pipe.vae.decode(part / pipe.vae.config.scaling_factor).sample for part in parts])
+    return (images / 2 + 0.5).clamp(0, 1)
+
+
+def decoding_bytes(pipe, side):
+    """The bytes of activations while one image of `side` pixels is decoded: at the peak there are three maps of full
+    size, in float32, of the channels of the last block but one."""
+    return 3 * 4 * pipe.vae.config.block_out_channels[:2][-1] * side**2
 
 
 def token_ids(pipe, prompts):
-    """Prompts to token ids [B, L]. A learned word of several vectors counts as its several tokens.
-
-    Raises:
-        UserError: a prompt is longer than the text encoder's context.
-    """
+    """Prompts to token ids [B, L], or a UserError where one is longer than the text encoder's context. A learned word
+    of several vectors counts as its several tokens."""
     prompts = pipe.maybe_convert_prompt(list(prompts), pipe.tokenizer)
     length = pipe.tokenizer.model_max_length
     ids = pipe.tokenizer(prompts, padding="max_length", max_length=length).input_ids
     for prompt, row in zip(prompts, ids):
         if len(row) > length:
             raise UserError(f"The prompt {prompt!r} has {len(row)} tokens, the text encoder takes {length}.")
-    return torch.tensor(ids, device=pipe.text_encoder.device)
+    return torch.tensor(ids).to(pipe.text_encoder.device)
 
 
 def encode_prompts(pipe, prompts):
@@ -157,8 +175,27 @@ def to_noise(prediction_type, prediction, z, abar):
 
 def predict_noise(unet, schedule, z, index, prompt_embeds):
     """eps_theta(z, t, tau) at the schedule's level `index`: [B, C, h, w] from z and text embeddings [B, L, D]."""
-    prediction = unet(z.to(unet.dtype), schedule.timesteps[index], prompt_embeds.to(unet.dtype)).sample.float()
+    timestep = z.new_full((), schedule.timesteps[index], dtype=torch.long)  # a number would be copied to the device
+    prediction = unet(z.to(unet.dtype), timestep, prompt_embeds.to(unet.dtype)).sample.float()
     return to_noise(schedule.prediction_type, prediction, z, schedule.abar[index])
+
+
+def bytes_of_a_latent(pipe, side, trained=False):
+    """The bytes of activations of one image of `side` pixels in the UNet, or in its gradient with respect to a text."""
+    side //= pipe.vae_scale_factor
+    with torch.set_grad_enabled(trained):
+        embeds = encode_prompts(pipe, [""]).detach().to(pipe.unet.dtype).requires_grad_(trained)
+        z, timestep = (
+            embeds.new_zeros(1, pipe.unet.config.in_channels, side, side),
+            embeds.new_zeros((), dtype=torch.long),
+        )
+
+        def predict():
+            eps = pipe.unet(z, timestep, embeds[:]).sample  # a FlopCounterMode may watch, which takes no leaf
+            if trained:
+                torch.autograd.grad(eps.sum(), embeds)
+
+        return peak_bytes(predict)
 
 
 def ddim_step(z, eps, abar_from, abar_to):
@@ -177,49 +214,38 @@ def guide(eps_uncond, eps_cond, guidance_scale):
 
 
 @torch.no_grad()
-def denoise(unet, schedule, z, prompt_embeds, null_embeds, guidance_scale, guided=None, first_step=None, progress=None):
+def denoise(unet, schedule, z, prompt_embeds, null_embeds, guidance_scale, guided=None, first_step=0, progress=None):
     """Walks latents down to z_0 with guidance.
 
     Args:
-        z: latents z_T [B, C, h, w].
-        prompt_embeds: text embeddings [B, L, D].
+        z: latents [B, C, h, w] of the noise level at which the walk begins. prompt_embeds: text embeddings [B, L, D].
         null_embeds: unconditional embeddings of each step [B, T, L, D], or [B, 1, L, D] for all steps.
         guidance_scale: w, a number or one for each latent [B].
-        guided: the steps at which the unconditional prediction is made, beside that at which a latent joins; in
-            between, the difference eps_c - eps_u of the last of them is kept. Default: all.
-        first_step: the step at which each latent [B] joins the walk, its noise being of that level; default: 0.
-        progress: a bar that counts the steps of all latents.
+        guided: the steps, beside the first, at which the unconditional prediction is made; in between, the difference
+            eps_c - eps_u of the last of them is kept. Default: all.
+        first_step: where the walk begins. progress: a bar that counts the steps of all latents.
     """
     num_steps = len(schedule.timesteps)
     null_embeds = null_embeds.expand(-1, num_steps, -1, -1)
-    w = torch.as_tensor(guidance_scale, device=z.device).expand(len(z))[:, None, None, None]
-    first_step = torch.zeros(len(z), dtype=torch.long) if first_step is None else first_step
-    z, difference = z.clone(), torch.zeros_like(z, dtype=torch.float32)
-    for i in range(num_steps):
-        on = (first_step <= i).nonzero()[:, 0].to(z.device)
-        now = on if guided is None or i in guided else (first_step == i).nonzero()[:, 0].to(z.device)
-        if len(on):
-            embeds = torch.cat([null_embeds[now, i], prompt_embeds[on]])
-            both = predict_noise(unet, schedule, torch.cat([z[now], z[on]]), i, embeds)
-            eps_uncond, eps_cond = torch.empty_like(z, dtype=both.dtype), torch.empty_like(z, dtype=both.dtype)
-            eps_cond[on] = both[len(now) :]
-            eps_uncond[on] = eps_cond[on] - difference[on]
-            eps_uncond[now] = both[: len(now)]
-            difference[now] = eps_cond[now] - eps_uncond[now]
-            eps = guide(eps_uncond[on], eps_cond[on], w[on])
-            z[on] = ddim_step(z[on], eps, schedule.abar[i], schedule.abar[i + 1])
+    w = torch.as_tensor(guidance_scale).to(z.device).expand(len(z))[:, None, None, None]
+    for i in range(first_step, num_steps):
+        if guided is None or i in guided or i == first_step:
+            embeds = torch.cat([null_embeds[:, i], prompt_embeds])
+            eps_uncond, eps_cond = predict_noise(unet, schedule, torch.cat([z, z]), i, embeds).chunk(2)
+            difference = eps_cond - eps_uncond
+        else:
+            eps_cond = predict_noise(unet, schedule, z, i, prompt_embeds)
+            eps_uncond = eps_cond - difference
+        z = ddim_step(z, guide(eps_uncond, eps_cond, w), schedule.abar[i], schedule.abar[i + 1])
         if progress is not None:
             progress.update(len(z))
     return z
 
 
 def parse_with_model_defaults(parser, script, argv=None, presets=None):
-    """Parses the command line, with a model's own defaults between those of the script and what the user says.
-
-    Best settings differ from model to model. A local model folder may hold `tint.json`, {script: {option: value}};
-    its values replace the script's defaults, which are those of Stable Diffusion. A preset, {option: value} by the
-    name of --preset, replaces both.
-    """
+    """Parses the command line. A local model folder may hold `tint.json`, {script: {option: value}}, of its own best
+    settings, which replace the script's defaults, those of Stable Diffusion; a preset, {option: value} by the name of
+    --preset, replaces both."""
     argv = sys.argv[1:] if argv is None else argv
     model = parser.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0]
     defaults = Path(model.pretrained_model_name_or_path) / "tint.json"

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from common import datasets, models, planning, statistics
@@ -113,8 +114,7 @@ def parse_arm(text, args, stages, precision="no"):
             chosen.teacher, chosen.teacher_image_size = args.teacher, args.teacher_image_size
             outside += ["teacher", "teacher_image_size"] if chosen.filter_threshold is None else []
         if script == "invert" and method == "null_text":  # its prompt has no word to learn
-            chosen.max_train_steps = 0
-            chosen.plain_prompt = chosen.plain_prompt or chosen.prompt.split(" of ")[0]
+            chosen.max_train_steps, chosen.prompt = 0, chosen.prompt.split(" of ")[0].replace("{}", "").strip()
         settings = with_contents(settings_of(chosen, *outside)) | {"mixed_precision": precision}
         counts = (part, *(VIEWS if method == "teacher" else ()))
         settings = {name: value for name, value in settings.items() if name.startswith(counts)}
@@ -259,17 +259,18 @@ def read_record(folder, arm):
 
 
 def leave_group():
-    """This process's rank and their number; from here on each computes for itself.
+    """This process's rank; from here on each computes for itself.
 
-    Episodes need nothing of each other, so the processes do not talk: each does its share, and the one that finishes
-    last writes the results. They may run on several machines that share --output_dir, at different times too.
+    Episodes need nothing of each other, so the processes do not talk: each takes the next that is neither done nor
+    locked by another, and the one that finishes last writes the results. They may run on several machines that share
+    --output_dir, at different times too.
     """
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
     if torch.accelerator.is_available():
         torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", 0)))
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # LOCAL_WORLD_SIZE stays: cores are still shared
         os.environ.pop(name, None)
-    return rank, processes
+    return rank
 
 
 def collect(arms, dataset, args, pilot=None, wishes=()):
@@ -344,12 +345,12 @@ def examples(arms, folder, count=6):
             for c in supports]  # fmt: skip
 
 
-def evaluate_episodes(args, stages, accelerator, rank=0, processes=1):
+def evaluate_episodes(args, stages, accelerator, rank=0):
     """Accuracy of each of --methods over the episodes of --dataset, for results.json; None while other processes have
     episodes to do: the one that finishes last has the results.
 
     Args:
-        stages: as those of `parse_arm`. rank, processes: what `leave_group` says.
+        stages: as those of `parse_arm`. rank: what `leave_group` says.
     """
     dataset = datasets.load_dataset(args.dataset, args.split, args.dataset_dir)
     arms = [parse_arm(text, args, stages, accelerator.mixed_precision) for text in args.methods]
@@ -366,8 +367,9 @@ def evaluate_episodes(args, stages, accelerator, rank=0, processes=1):
     def run(stage):
         """This process's share of a stage, whose options are returned."""
         now = Namespace(**vars(args) | stage)
-        for index in tqdm(range(rank, now.num_episodes, processes), desc="episodes", disable=rank > 0):
-            run_episode(index, arms, dataset, now, accelerator.device)
+        for index in tqdm(range(now.num_episodes), desc="episodes", disable=rank > 0):
+            with suppress(Timeout), FileLock(episode_folder(index, args) / ".lock", timeout=0):
+                run_episode(index, arms, dataset, now, accelerator.device)
         return now
 
     if args.half_width is None:

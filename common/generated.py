@@ -64,18 +64,19 @@ def embed(folder, teacher, classes, batch_size):
     return f.cpu(), (f @ teacher.prototypes.T).argmax(-1).cpu(), labels, [row.get("alpha") for row in rows]
 
 
+def level_of(alpha, drawn):
+    """What images of one alpha are grouped by: itself, or, where alphas were drawn at random, the nearest fifth."""
+    return round(5 * alpha) / 5 if drawn else alpha
+
+
 def agreement(folder, teacher, held_out, classes, drawn):
     """Lines that say how often the teacher gives the images of a folder their class, at each alpha, and what to do
-    where that is seldom.
-
-    Args:
-        held_out: how often it gives the support images theirs, each held out, or None. drawn: whether alphas were
-            drawn at random.
-    """
+    where that is seldom. `held_out`: how often it gives the support images theirs, each held out, or None. `drawn`:
+    whether alphas were drawn at random."""
     _, answers, labels, alphas = embed(folder, teacher, classes, 64)
     groups = {}
     for right, alpha in zip((answers == labels).tolist(), alphas):
-        groups.setdefault(round(5 * alpha) / 5 if drawn else alpha, []).append(right)
+        groups.setdefault(level_of(alpha, drawn), []).append(right)
     rates = {alpha: sum(hits) / len(hits) for alpha, hits in sorted(groups.items(), key=lambda group: group[0] or 0)}
     said = [f"{rate:.0%}" + ("" if alpha is None else f" at alpha {alpha:g}") for alpha, rate in rates.items()]
     yardstick = "" if held_out is None else f"; the support images, each held out, theirs: {held_out:.0%}"
@@ -102,8 +103,7 @@ def evaluate_generated(args, accelerator):
     sets = {}
     for name, folder in named_paths(args.generated_dir).items():
         f, answers, labels, alphas = embed(folder, teacher, classes, args.batch_size)
-        if len(set(alphas)) > 12:  # drawn at random
-            alphas = [round(5 * alpha) / 5 for alpha in alphas]
+        alphas = [level_of(alpha, len(set(alphas)) > 12) for alpha in alphas]
         sets[name] = []
         for alpha in sorted(set(alphas), key=lambda a: -1 if a is None else a):
             at = torch.tensor([a == alpha for a in alphas])

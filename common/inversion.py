@@ -26,10 +26,10 @@ from common.records import (
 )
 
 RECORD, CLASSES = "inversion.json", "classes.json"  # of a class that is done; of those that are being inverted
-EMBEDS = "learned_embeds.safetensors"
+EMBEDS, NULL_TEXT = "learned_embeds.safetensors", "null_text.safetensors"
 TENSORS = ("latents", "null_offsets", "image_latents")  # of each image
 NEEDED = {"pretrained_model_name_or_path", "revision", "variant", "model_weights", "num_inference_steps",
-          "guidance_scale", "prompt", "plain_prompt", "resolution", "support_images"}  # fmt: skip
+          "guidance_scale", "prompt", "resolution", "support_images"}  # fmt: skip
 BAD_DB, GOOD_DB = 20.0, 25.0  # PSNR of a picture that is no longer of the same thing, and of one that surely is
 FACTS = {"settings": dict, "class": str, "support_dir": str, "placeholder_token": str, "initializer_token": str,
          "images": list, "image_size": int, "original_size": int, "textual_inversion_loss": list,
@@ -43,11 +43,8 @@ def load(path, device):
 
 
 def read_inversion(folder):
-    """The facts in inversion.json of a class's folder.
-
-    Raises:
-        UserError: the file is damaged, or of another class: a class is its folder's name, whatever the file says.
-    """
+    """The facts in inversion.json of a class's folder, or a UserError where the file is damaged, or of another class: a
+    class is its folder's name, whatever the file says."""
     path = Path(folder) / RECORD
     facts = read_json(path)
     try:
@@ -64,15 +61,13 @@ def read_inversion(folder):
     return facts
 
 
-def open_inversion(folder, file):
-    """The facts of one class's inversion, with {file}.safetensors opened as `null_text`, and `fingerprints` of its word
-    and of what there is of each image."""
-    facts, path = read_inversion(folder), folder / f"{file}.safetensors"
-    if file == "null_text_plain" and not path.is_file():
-        raise UserError(f"{path} is missing: --method null_text needs tint_invert.py --plain_prompt.")
+def open_inversion(folder):
+    """The facts of one class's inversion, with its NULL_TEXT opened as `null_text`, and `fingerprints` of its word and
+    of what there is of each image."""
+    facts = read_inversion(folder)
     try:
         words = load(folder / EMBEDS, "cpu")
-        facts["null_text"] = tensors = safe_open(path, "pt")
+        facts["null_text"] = tensors = safe_open(folder / NULL_TEXT, "pt")
         supports = {image: [(k, tensors.get_slice(k)[i]) for k in TENSORS] for i, image in enumerate(facts["images"])}
         if list(words) != [facts["placeholder_token"]]:
             raise ValueError(f"its word is not {facts['placeholder_token']}")
@@ -97,18 +92,13 @@ def require_supports(record, before, folder):
 
 
 def open_inversions(args):
-    """{class name: facts of its inversion, with its null-text file opened}, from the folders of tint_invert.py. A class
-    whose folder of supports was taken away since is left out.
-
-    Raises:
-        UserError: no inversions, unfinished or foreign files, or classes inverted with different settings.
-    """
+    """{class name: facts of its inversion, with its null-text file opened}, from the folders of tint_invert.py, or a
+    UserError. A class whose folder of supports was taken away since is left out."""
     root = require_folder(args.inversion_dir, "It should hold what tint_invert.py writes.")
     records = sorted(root.glob(f"*/{RECORD}"))
     if not records:
         raise UserError(f"{root} holds no <class>/{RECORD}: run tint_invert.py --output_dir {root} first.")
-    file = "null_text_plain" if args.method == "null_text" else "null_text"
-    folders = {record.parent.name: open_inversion(record.parent, file) for record in records}
+    folders = {record.parent.name: open_inversion(record.parent) for record in records}
     supports = {name: Path(args.support_dir or facts["support_dir"]) for name, facts in folders.items()}
     for folder in set(supports.values()):
         keep_apart(argparse.Namespace(output_dir=args.output_dir, support_dir=str(folder)))
@@ -122,16 +112,16 @@ def open_inversions(args):
     first, *others = (facts["settings"] | {"support_images": None} for facts in folders.values())
     if different := [text for settings in others for text in differences(first, settings)]:
         raise UserError(f"The classes of {root} were inverted with different settings ({different[0]}): do it alike.")
+    if args.method == "null_text" and "{}" in first["prompt"]:
+        raise UserError(f"--method null_text needs an inversion without a learned word, and {root} has one: use "
+                        'tint_invert.py --prompt "a photo" --max_train_steps 0.')  # fmt: skip
     return folders
 
 
 def write_inversion(folder, facts, vectors, tensors, pictures, known=None):
-    """Writes what was found of a class, or adds it to what is `known` of other images of the class.
-
-    Args:
-        vectors: those of its word [num_vectors, D]. tensors: {file: {"latents": z_T [S, C, h, w], "null_offsets":
-            [S, T, L, D], "image_latents": z_0 [S, C, h, w]}}. pictures: rows of images.
-    """
+    """Writes what was found of a class, or adds it to what is `known` of other images of the class: its word's vectors
+    [num_vectors, D], tensors {"latents": z_T [S, C, h, w], "null_offsets": [S, T, L, D], "image_latents": z_0
+    [S, C, h, w]}, and pictures, rows of images."""
     picture = f"reconstruction_from_{len(known['images'])}.png" if known else "reconstruction.png"
     quality = facts["reconstruction_psnr_db"]
     titles = [f"{kind.replace('_', '-')} {mean(values):.1f} dB" for kind, values in quality.items()]
@@ -144,12 +134,10 @@ def write_inversion(folder, facts, vectors, tensors, pictures, known=None):
         facts["added"] = facts["images"][len(known["images"]) - len(known.get("added", [])) :]
         facts["reconstruction_psnr_db"] = {k: known["reconstruction_psnr_db"][k] + x for k, x in quality.items()}
     save_tensors(folder / EMBEDS, {facts["placeholder_token"]: vectors})
-    for file, parts in tensors.items():
-        path = folder / f"{file}.safetensors"
-        if known:
-            before = load(path, vectors.device)
-            parts = {k: torch.cat([before[k][: len(known["images"])], x]) for k, x in parts.items()}
-        save_tensors(path, parts)
+    if known:
+        before = load(folder / NULL_TEXT, vectors.device)
+        tensors = {k: torch.cat([before[k][: len(known["images"])], x]) for k, x in tensors.items()}
+    save_tensors(folder / NULL_TEXT, tensors)
     write_json(folder / RECORD, facts)  # last: it marks the class as done
 
 

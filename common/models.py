@@ -183,7 +183,9 @@ def resize(model, images):
 def normalize(model, images):
     """Images [B, 3, H, W] in [0, 1] to the input that the model's data configuration asks for: resized, minus mean,
     over std."""
-    mean, std = (images.new_tensor(model.pretrained_cfg[key])[:, None, None] for key in ("mean", "std"))
+    mean, std = (  # filled where the images are: numbers that are copied there would wait for a GPU
+        torch.stack([images.new_full((1, 1), x) for x in model.pretrained_cfg[key]]) for key in ("mean", "std")
+    )
     return (resize(model, images) - mean) / std
 
 

@@ -37,14 +37,21 @@ def start(args):
         raise UserError(f"--report_to {args.report_to}: that tracker is not installed (pip install {args.report_to}).")
     launched_with_default = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
     if accelerator.device.type == "cpu" and launched_with_default:
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // processes))
+        torch.set_num_threads(cores_of_a_process())
     torch.manual_seed(args.seed)
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which cuBLAS has none
+        torch.use_deterministic_algorithms(True)
     if args.report_to:
         plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in vars(args).items()}
         accelerator.init_trackers("tint", config=plain)
     return accelerator
+
+
+def cores_of_a_process():
+    """The cores of this machine, shared out among its processes."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def as_main_sees(read, accelerator):

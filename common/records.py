@@ -194,7 +194,7 @@ def digest(*values):
 
 def settings_of(args, *leave_out):
     """The options that decide a result, for its record: those of where and how it is computed are left out."""
-    outside = {"output_dir", "mixed_precision", "report_to", *leave_out}
+    outside = {"output_dir", "mixed_precision", "report_to", "deterministic", *leave_out}
     return {name: value for name, value in vars(args).items() if name not in outside}
 
 

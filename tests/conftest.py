@@ -22,6 +22,13 @@ PYTHON = [sys.executable]
 TWO_PROCESSES, THREE_PROCESSES = (
     [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", number, "--standalone"] for number in "23"
 )
+TWO_NODES = ["bash", "-c", f"""  # two launches on one machine, of one process each, that meet as on a cluster
+    port=$((20000 + RANDOM))
+    node() {{
+        {sys.executable} -m torch.distributed.run --nnodes 2 --nproc_per_node 1 --node_rank $1 \\
+            --master_addr 127.0.0.1 --master_port $port "${{@:2}}"
+    }}
+    node 1 "$@" & node 0 "$@" && wait $!""", "nodes"]  # fmt: skip
 
 
 def launch(*command, code=0, by=PYTHON, cwd=ROOT, timeout=600):
@@ -71,7 +78,7 @@ def make_run(root):
     episode = ("--split", "val", "--num_ways", 2, "--num_shots", 2)
     launch("-m", "common.datasets", "--output_dir", root, *episode)
     launch("tint_invert.py", "--support_dir", root / "support", "--output_dir", root / "inversion",
-           "--plain_prompt", "an icon", "--num_vectors", 2, *INVERT, by=ACCELERATE)  # fmt: skip
+           "--num_vectors", 2, *INVERT, by=ACCELERATE)  # fmt: skip
     launch("tint_generate.py", "--inversion_dir", root / "inversion", "--output_dir", root / "generated",
            "--num_images_per_class", 6, "--alpha", 0, 0.5, 1)  # fmt: skip
     launch("distill.py", "--support_dir", root / "support", "--train_dir", root / "generated",

@@ -29,7 +29,7 @@ COMMANDS = {  # options as short as they can be; {} is the sandbox
                        " --validation_steps 1 --patience 0 --num_inference_steps 2",
     "generate": "tint_generate.py --inversion_dir {}/inversion --output_dir {}/out --num_images_per_class 1",
     "filter": "tint_generate.py --inversion_dir {}/inversion --output_dir {}/out --num_images_per_class 1"
-              " --filter_threshold 0.5 --method null_text",
+              " --filter_threshold 0.5 --method img2img",
     "go_on_generating": "tint_generate.py --inversion_dir {}/inversion --output_dir {}/generated"
                         " --num_images_per_class 6 --alpha 0 0.5 1",
     "distill": "distill.py --support_dir {}/support --train_dir {}/generated --output_dir {}/out --max_train_steps 1"

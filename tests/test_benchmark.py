@@ -10,20 +10,22 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from scipy import stats
 
 import distill
 import evaluate
+import tint_invert
 from benchmarks import students
-from common import datasets, episodes, icons_fs, models, other_images, planning, statistics
+from common import datasets, diffusion, episodes, icons_fs, models, other_images, planning, statistics
 from common.cli import UserError
 from common.images import as_tensor
 from common.processes import stopwatch
 from common.records import read_json, write_json
 from common.teachers import load_teacher
-from tests.conftest import ACCELERATE, ROOT, TWO_PROCESSES, killed_when, launch
+from tests.conftest import ACCELERATE, ROOT, TWO_NODES, TWO_PROCESSES, killed_when, launch
 
 EPISODES = ("evaluate.py", "--dataset", "icons_fs", "--split", "val", "--num_ways", 2, "--num_shots", 2)
 LITTLE = (
@@ -82,7 +84,7 @@ def test_two_processes_and_a_killed_run_give_the_same(tmp_path):
     """One process, two, and one that was killed in between: the same answers of every arm to every query."""
     options = ("--num_episodes", 4, "--num_queries", "all", "--methods", "teacher", "prototypes", "supports", *LITTLE)
     launch(*EPISODES, "--output_dir", tmp_path / "one", *options)
-    launch(*EPISODES, "--output_dir", tmp_path / "two", *options, by=TWO_PROCESSES)
+    launch(*EPISODES, "--output_dir", tmp_path / "two", *options, by=TWO_NODES)
 
     killed = tmp_path / "killed"
     command = (*EPISODES, "--output_dir", killed, *options)
@@ -99,6 +101,44 @@ def test_two_processes_and_a_killed_run_give_the_same(tmp_path):
         assert other["episodes"] == one["episodes"]
         for name, method in one["methods"].items():
             assert other["methods"][name]["per_episode"] == pytest.approx(method["per_episode"], abs=0.011), name
+
+
+def test_a_process_takes_what_is_left_and_no_other_has(tmp_path):
+    """One episode is another process's, who knows for how long; the second is done, and the third is taken."""
+    command = (*EPISODES, "--output_dir", tmp_path, "--num_queries", 2, "--methods", "prototypes", "--num_episodes")
+    launch(*command, 2)
+    shutil.rmtree(tmp_path / "episodes" / "00000")
+    done = files_of(tmp_path, "episodes/00001/*.json")
+    with FileLock(tmp_path / "episodes" / "00000" / ".lock"):
+        out, _ = launch(*command, 3)
+    assert "process 0 has done its share" in out
+    assert files_of(tmp_path, "episodes/00001/*.json") == done and list(tmp_path.glob("episodes/00002/result-*"))
+    assert not list(tmp_path.glob("episodes/00000/result-*"))
+    launch(*command, 3)
+    assert results_of(tmp_path)["dataset"]["num_episodes"] == 3
+
+
+def test_the_arms_of_an_episode_share_one_pipeline_and_each_inverts_once(tmp_path, monkeypatch):
+    """And what one arm has taught it, another does not see: its files are those of the script alone."""
+    loaded, inverted = [], []
+    load, invert = diffusion.StableDiffusionPipeline.from_pretrained, tint_invert.invert_images
+    monkeypatch.setattr(diffusion.StableDiffusionPipeline, "from_pretrained",
+                        lambda *args, **options: loaded.append(args) or load(*args, **options))  # fmt: skip
+    monkeypatch.setattr(tint_invert, "invert_images", lambda *args: inverted.append(args) or invert(*args))
+    diffusion.load_networks.cache_clear()
+    argv = [*EPISODES[1:], "--output_dir", tmp_path / "out", "--num_queries", 2, "--num_episodes", 1, *LITTLE,
+            "--methods", "null_text", "tint"]  # fmt: skip
+    evaluate.main(evaluate.parse_args([*map(str, argv)]))
+    assert len(loaded) == 1 and len(inverted) == 2
+    (tint,) = (arm for arm in tmp_path.glob("out/episodes/00000/invert-*") if "{}" in read_prompt(arm))
+    launch("tint_invert.py", "--support_dir", tmp_path / "out" / "episodes" / "00000" / "support", "--output_dir",
+           tmp_path / "alone", "--seed", 0, *LITTLE[1].split())  # fmt: skip
+    for path in tmp_path.glob("alone/*/*.safetensors"):
+        assert path.read_bytes() == (tint / path.relative_to(tmp_path / "alone")).read_bytes()
+
+
+def read_prompt(folder):
+    return read_json(next(folder.glob("*/inversion.json")))["settings"]["prompt"]
 
 
 def test_an_episode_as_folders_gives_the_same_accuracy(tmp_path):

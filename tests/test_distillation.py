@@ -27,7 +27,7 @@ from common.cli import UserError
 from common.images import as_tensor, list_images, load_folder, load_image
 from common.processes import generator, seeded
 from common.teachers import augmentation
-from tests.conftest import TWO_PROCESSES, killed_when, launch
+from tests.conftest import TWO_NODES, killed_when, launch
 
 
 def numbers(*shape, seed=0):
@@ -526,7 +526,7 @@ def test_two_processes_learn_as_one_that_accumulates_does(run_dir, tmp_path):
     """
     command = ("distill.py", "--support_dir", run_dir / "support", "--train_dir", run_dir / "generated",
                "--max_train_steps", 4, "--train_batch_size", 6, "--learning_rate", 1e-4)  # fmt: skip
-    launch(*command, "--output_dir", tmp_path / "two", by=TWO_PROCESSES)
+    launch(*command, "--output_dir", tmp_path / "two", by=TWO_NODES)
     launch(*command, "--output_dir", tmp_path / "one", "--gradient_accumulation_steps", 2)
     one, two, start = student_of(tmp_path / "one"), student_of(tmp_path / "two"), student_of(run_dir / "student")
     trained = [k for k in one if k.endswith("weight") or k == "head.bias"]
