@@ -23,6 +23,7 @@ from pathlib import Path
 
 from common.cli import HelpFormatter, UserError, natural_int, run, words_of
 from common.images import list_images, require_unseen
+from common.inversion import read_inversion
 from common.processes import generator, stopwatch
 from common.records import blaming, fingerprint, keep_apart, read_json, whole_folder, write_json
 from common.report import better, points, with_interval
@@ -61,16 +62,19 @@ ENOUGH = 8  # photos of each class, of which some can be held out
 def hold_out(photos, folder, root, seed):
     """Copies a quarter of each class to root/query and the rest to root/support, unless that is done. The lot of a
     photo depends on its name alone: another photo does not change it."""
-    parts = {"support": {}, "query": {}}
-    for name, paths in photos.items():
-        below = sorted((path.relative_to(folder) for path in paths), key=lambda path: lot(seed, path))
-        parts["query"][name], parts["support"][name] = below[: len(below) // 4], below[len(below) // 4 :]
-    for part, chosen in parts.items():
+    parts = {"support": [], "query": []}
+    for paths in photos.values():
+        drawn = sorted(paths, key=lambda path: lot(seed, path.relative_to(folder)))
+        parts["query"] += drawn[: len(drawn) // 4]
+        parts["support"] += drawn[len(drawn) // 4 :]
+    require_unseen(parts["query"], parts["support"])
+    for part, paths in parts.items():
         if not (root / part).is_dir():
             with whole_folder(root / part) as temporary:
-                for path in (path for paths in chosen.values() for path in paths):
-                    (temporary / path).parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(folder / path, temporary / path)
+                for path in paths:
+                    target = temporary / path.relative_to(folder)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(path, target)
 
 
 def lot(seed, path):
@@ -102,15 +106,20 @@ def find_photos(args, root):
     write_json(record, known | {"tests": tests})
     if not photos:
         return root / "support", root / "query"
+    support, query = args.support_dir, args.query_dir
     if not queries and min(map(len, photos.values())) >= ENOUGH:
-        hold_out(photos, Path(args.support_dir), root, args.seed)
-        return root / "support", root / "query"
-    return args.support_dir, args.query_dir
+        hold_out(photos, Path(support), root, args.seed)
+        support, query = root / "support", root / "query"
+    records = root.glob("inversion/*/inversion.json")
+    inverted = {name for path in records for name in read_inversion(path.parent)["settings"]["support_images"]}
+    if not all(Path(support, name).is_file() for name in inverted):
+        put_aside(root, ("inversion", "generated"))  # which take more photos only
+    return support, query
 
 
-def put_aside(root):
+def put_aside(root, names=MADE):
     """Renames what was made of other photos and cannot grow."""
-    for folder in (root / name for name in MADE if (root / name).exists()):
+    for folder in (root / name for name in names if (root / name).exists()):
         number = next(n for n in itertools.count(1) if not folder.with_name(f"{folder.name}_{n}").exists())
         folder.rename(folder.with_name(f"{folder.name}_{number}"))
         print(f"the photos have changed: {folder} is now {folder}_{number}")

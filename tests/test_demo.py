@@ -97,7 +97,7 @@ def test_photos_go_all_the_way_and_only_what_is_new_is_done_again(photos, script
     assert not scripts and "cannot be told" in capsys.readouterr().out
 
 
-def test_photos_are_held_out_where_there_are_enough_and_are_never_in_both(photos, tmp_path):
+def test_photos_are_held_out_where_there_are_enough_and_are_never_in_both(photos, tmp_path, monkeypatch):
     out = tmp_path / "out"
 
     def find(*options):
@@ -127,6 +127,24 @@ def test_photos_are_held_out_where_there_are_enough_and_are_never_in_both(photos
     assert len(before & {path.relative_to(out) for path in query.rglob("*.png")}) >= 2  # one of each class gives way
     assert len(list((out / "support_1").rglob("*.png"))) == 14  # what was there is put aside
     assert (out / "student_1").is_dir() and not (out / "student").exists()
+
+    inverted = {path.relative_to(support).as_posix(): "x" for path in support.rglob("*.png")}
+    facts = {"settings": {"support_images": inverted}}
+    monkeypatch.setattr(demo, "read_inversion", lambda folder: facts)
+    (out / "inversion" / name).mkdir(parents=True)
+    (out / "inversion" / name / "inversion.json").touch()
+    find("--support_dir", many)
+    assert (out / "inversion").is_dir()
+    facts["settings"]["support_images"]["gone.png"] = "x"
+    find("--support_dir", many)
+    assert (out / "inversion_1").is_dir() and not (out / "inversion").exists()
+    shutil.copy(next((out / "query" / name).rglob("*.png")), many / name / "twin.png")
+    shutil.copy(many / name / "twin.png", many / name / "twins.png")
+    with pytest.raises(UserError, match="what was trained on cannot test"):
+        for seed in range(20):
+            find("--support_dir", many, "--seed", seed)
+    for path in (many / name).glob("twin*.png"):
+        path.unlink()
 
     shutil.copy(next((many / name).glob("*.png")), test / name / "another name.png")
     with pytest.raises(UserError, match=r"another name.png is the same image as .*many"):
