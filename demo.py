@@ -178,9 +178,7 @@ def summarise(root, seconds):
     generated = read_json(root / "evaluation_generated" / "results.json")["sets"]
     agreement = [row for rows in generated.values() for row in rows]
     export = read_json(root / "export" / "benchmark.json")
-    latency = {
-        f"{row['model']} {row['runtime']}": row["median_ms"] for row in export["latency"] if row["device"] == "cpu"
-    }
+    timed = [row for row in export["latency"] if row["device"] == "cpu"]
     summary = {
         "seconds": seconds,
         "reconstruction_psnr_db": {
@@ -189,7 +187,7 @@ def summarise(root, seconds):
         "teacher_agreement": sum(row["images"] * row["agreement"]["mean"] for row in agreement)
         / sum(row["images"] for row in agreement),
         "max_abs_diff": {name: facts["max_abs_diff"] for name, facts in export["fidelity"].items()},
-        "latency_ms": latency,
+        "latency_ms": {f"{row['model']} {row['runtime']}": row["median_ms"] for row in timed},
     }
     if "evaluate" in seconds:
         found = read_json(root / "evaluation" / "results.json")

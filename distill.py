@@ -372,6 +372,8 @@ def main(args):
         print(f"  its answer is the teacher's for {agreement:.1%} of the last views")
         if args.query_dir:
             print(f"  accuracy on {facts['accuracy']['count']} test images: {with_interval(facts['accuracy'])} %")
+        else:
+            print("  how accurate it is, test images say: give some as --query_dir, or to evaluate.py")
     accelerator.end_training()
 
 

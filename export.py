@@ -18,7 +18,7 @@ from timm.utils import reparameterize_model
 from tqdm.auto import tqdm
 
 from common import models
-from common.cli import UserError, argument_parser, note, positive_int, run
+from common.cli import UserError, argument_parser, note, positive_int, refusing, run
 from common.images import as_tensor, count_supports, load_folder
 from common.preprocessing import CentralSquare, WithPreprocessing
 from common.processes import start
@@ -230,18 +230,14 @@ def build(runtime, student):
 def refuse(args):
     """Raises a UserError where options contradict each other, or a runtime is not installed."""
     if args.batch_size and args.benchmark and args.benchmark_batch_sizes != [args.batch_size]:
-        raise UserError(
-            f"--batch_size {args.batch_size} fixes it: give --benchmark_batch_sizes {args.batch_size} alone."
-        )
+        raise UserError(f"--batch_size fixes it: give --benchmark_batch_sizes {args.batch_size} alone.")
     largest = max([args.opt_batch_size, *(args.benchmark_batch_sizes if args.benchmark else [])])
     if largest > args.max_batch_size:
         raise UserError(f"Batch {largest} is above --max_batch_size {args.max_batch_size}: raise --max_batch_size.")
     if "tensorrt" in args.runtime and args.precision[-1] == "int8":
         raise UserError("--precision int8 is for CPUs: an engine wants int8_tensorrt, the last of --precision.")
     if {"int8", "int8_tensorrt"} & set(args.precision) and not (args.data_dir or args.support_dir):
-        raise UserError(
-            "--precision int8 needs images to calibrate on: the generated ones as --data_dir, photos as --support_dir."
-        )
+        raise UserError("int8 needs images to calibrate on: generated ones as --data_dir, photos as --support_dir.")
     any_size = args.include_preprocessing == "any_size" and args.precision[-1] != "int8_tensorrt"
     if "tensorrt" in args.runtime and any_size:
         raise UserError("An engine takes images of one size: give --include_preprocessing model_size.")
@@ -262,14 +258,11 @@ def main(args):
     device, cpu, output_dir = accelerator.device, torch.device("cpu"), Path(args.output_dir)
     model = reparameterize_model(models.load_model(args.model))  # RepVGG and its kind become plain convolutions
     teacher = models.load_model(args.teacher, image_size=args.teacher_image_size) if args.teacher else None
-    try:
+    size = "x".join(map(str, models.input_size(model)))
+    refused = f"{args.model} takes no images of {size}, the size in its config.json ({{error}}): distil it anew,"
+    kinds = RuntimeError, AssertionError, IndexError  # what layers raise, and timm's checks
+    with refusing(f"{refused} without --student_image_size.", kinds):
         flops = {"student": models.count_flops(model)}
-    except (RuntimeError, AssertionError, IndexError) as error:  # what layers raise, and timm's checks
-        size = "x".join(map(str, models.input_size(model)))
-        raise UserError(
-            f"{args.model} takes no images of {size}, the size in its config.json ({error}): distil it anew, without "
-            "--student_image_size."
-        ) from error
     output_dir.mkdir(parents=True, exist_ok=True)
     before = written(output_dir)
     images, queries, labels = read_images(args, model, classes)
