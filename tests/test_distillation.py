@@ -473,6 +473,8 @@ def test_a_student_says_how_good_it_is_on_a_scale(run_dir, tmp_path):
     card = (tmp_path / "student" / "README.md").read_text()
     for text in (out, card):
         assert f"{record['loss'][-1][1]:.4f}" in text and "0.6931" in text and f"{100 * right:.1f}" in text
+    out, _ = launch(*command[:-1], tmp_path / "unmeasured")
+    assert "give some as --query_dir" in out
 
 
 # ---------------------------------------------------------------------------------------------------------- training
