@@ -15,7 +15,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from common.cli import UserError
+from common.cli import UserError, refusing
 from common.memory import peak_bytes
 from common.records import fingerprint_tensors, read_json
 
@@ -66,21 +66,18 @@ def load_stable_diffusion(name_or_path, device, mixed_precision="no", revision=N
 @lru_cache(maxsize=1)
 def load_networks(name_or_path, device, mixed_precision, revision, variant, stamps):
     """The pipeline of `load_stable_diffusion`, its text encoder on the CPU. `stamps`: its files and their times."""
-    try:
+    named = {path.stem.split(".")[1].split("-")[0] for path in Path(name_or_path).glob("unet/*.*.safetensors")}
+    hint = f" Its weights are a variant: add --variant {min(named)}." if named and not variant else ""
+    with refusing(
+        f"Cannot load {name_or_path} as a Stable Diffusion model ({{error}}).{hint} Give a folder or hub name with "
+        "unet, vae, text_encoder, tokenizer and scheduler in diffusers' format, weights as safetensors."
+    ):
         pipe = StableDiffusionPipeline.from_pretrained(
             name_or_path, revision=revision, variant=variant, use_safetensors=True, safety_checker=None,
             feature_extractor=None, requires_safety_checker=False, dtype=torch.float32,
         )  # fmt: skip
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
         unet, width = pipe.unet.config, pipe.text_encoder.config.hidden_size
-    except Exception as error:  # the hub, json, safetensors and diffusers each raise their own kinds
-        files = Path(name_or_path).glob("unet/*.*.safetensors")
-        named = {path.stem.split(".")[1].split("-")[0] for path in files}
-        hint = f" Its weights are a variant: add --variant {min(named)}." if named and not variant else ""
-        raise UserError(
-            f"Cannot load {name_or_path} as a Stable Diffusion model: {error}{hint}\nGive a folder or hub name with "
-            "unet, vae, text_encoder, tokenizer and scheduler in diffusers' format, weights as safetensors."
-        ) from error
     if unet.addition_embed_type or unet.cross_attention_dim != width or unet.in_channels != unet.out_channels:
         raise UserError(
             f"{name_or_path} is no Stable Diffusion 1.x or 2.x model: its UNet takes more than latents, a time and the "

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from common.cli import UserError, note, require_folder
+from common.cli import UserError, note, refusing, require_folder
 from common.images import save_grid
 from common.records import (
     blaming,
@@ -65,7 +65,7 @@ def open_inversion(folder):
     """The facts of one class's inversion, with its NULL_TEXT opened as `null_text`, and `fingerprints` of its word and
     of what there is of each image."""
     facts = read_inversion(folder)
-    try:
+    with refusing(f"{folder} is no inversion ({{error}}): move it away and invert again."):
         words = load(folder / EMBEDS, "cpu")
         facts["null_text"] = tensors = safe_open(folder / NULL_TEXT, "pt")
         supports = {image: [(k, tensors.get_slice(k)[i]) for k in TENSORS] for i, image in enumerate(facts["images"])}
@@ -73,8 +73,6 @@ def open_inversion(folder):
             raise ValueError(f"its word is not {facts['placeholder_token']}")
         if tensors.get_slice("null_offsets").get_shape()[1] != facts["settings"]["num_inference_steps"]:
             raise ValueError("its null-text is of other steps")
-    except Exception as error:  # safetensors raises its own kinds
-        raise UserError(f"{folder} is no inversion ({error}): move it away and invert again.") from error
     facts["fingerprints"] = {f"{folder.name}/{image}": fingerprint_tensors(parts) for image, parts in supports.items()}
     facts["fingerprints"][folder.name] = fingerprint_tensors(words.items())
     return facts
