@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # so that it runs as a fi
 import numpy as np
 import timm
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -74,7 +75,7 @@ def write_inputs(args, root):
     if not args.pretrained_model_name_or_path and not (root / "model" / "model_index.json").is_file():
         stable_diffusion_1_5("cpu").save_pretrained(root / "model")
     if not args.teacher and not (root / "teacher" / "model.safetensors").is_file():
-        teacher = timm.create_model("vit_small_patch14_dinov2", img_size=224)
+        teacher = timm.create_model("vit_small_patch14_dinov2")
         timm.models.save_for_hf(teacher, root / "teacher", safe_serialization=True)
     return root / "support", args.pretrained_model_name_or_path or root / "model", args.teacher or root / "teacher"
 
@@ -87,7 +88,7 @@ def stages(args, support, model, teacher, folder):
                 args.num_images_per_class, "--batch_size", args.batch_size]  # fmt: skip
     learn = ["--support_dir", support, "--train_dir", folder / "generation", "--teacher", teacher, "--student",
              args.student, "--student_image_size", args.student_image_size, "--max_train_steps",
-             args.max_train_steps]  # fmt: skip
+             args.max_train_steps, *([] if args.teacher else ["--teacher_image_size", 224])]  # fmt: skip
     invert = ["--support_dir", support, "--pretrained_model_name_or_path", model, "--fallback_token", "house",
               "--num_inference_steps", args.num_inference_steps]  # fmt: skip
     return {
@@ -142,6 +143,7 @@ def main(args):
     support, model, teacher = write_inputs(args, root)
     rows, rates = [], {}
     for precision in args.precisions:
+        AcceleratorState._reset_state(reset_partial_state=True)  # else Accelerate keeps to the first precision
         rate = rates[precision] = matrix_rate(args.matrix_side, diffusion.WEIGHT_DTYPE[precision], device)
         found = {}
         for name, (script, options, units) in stages(args, support, model, teacher, root / precision).items():
@@ -155,6 +157,7 @@ def main(args):
             rows.append({"precision": precision, "stage": name, **row, "tflop_per_second": speed,
                          "units_per_second": row["units"] / row["seconds"],
                          "share_of_matrix_rate": speed / rate})  # fmt: skip
+    AcceleratorState._reset_state(reset_partial_state=True)
     results = {"card": card, "torch": torch.__version__, "matrix_tflop_per_second": rates, "stages": rows}
     results["runtimes"] = runtimes(root / args.precisions[0] / "distillation", support, root / "export", on_gpu)
     if args.tests:

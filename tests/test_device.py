@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader
@@ -155,6 +156,15 @@ def test_views_are_made_by_workers_and_pinned_where_a_gpu_is(monkeypatch):
         assert made[-1]["num_workers"] == workers and made[-1]["pin_memory"] == on_gpu
 
 
+@pytest.fixture
+def any_precision():
+    """Accelerate keeps to the first precision of a process: that of another test."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("any_precision")
 def test_optimiser_steps_stay_where_they_are_and_the_teacher_answers_in_full_precision(tmp_path, monkeypatch):
     """Accelerate would move AdamW's counts of steps to the GPU, which then waits for each of them in each step."""
     modes = []
@@ -177,6 +187,7 @@ def test_optimiser_steps_stay_where_they_are_and_the_teacher_answers_in_full_pre
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.usefixtures("any_precision")
 def test_the_benchmark_of_gpus_in_little(tiny_sd1, tmp_path, capsys):
     gpu.main(gpu.parse_args([
         "--pretrained_model_name_or_path", str(tiny_sd1), "--teacher", "assets/student", "--student", "conv4_64",
