@@ -23,17 +23,16 @@ SOURCES = ("supports", "tint", "real")
 
 
 def arms(args):
-    """{(start, source, views): the value of --methods}"""
+    """{(start, learning rate, source, views): the value of --methods}"""
+    lines = [("pretrained", rate) for rate in args.pretrained_rates] + [("random weights", rate) for rate in args.rates]
     found = {}
-    for start, weights in STARTS.items():
-        rate = args.learning_rate[start != "pretrained"]
-        own = f"--distill.learning_rate {rate} --distill.train_batch_size {args.batch_size} {weights}"
+    for start, rate in lines:
+        own = f"--distill.learning_rate {rate} --distill.train_batch_size {args.batch_size} {STARTS[start]}"
         for source in SOURCES:
             for views in args.num_views:
                 steps = -(-views // args.batch_size)
-                found[start, source, views] = (
-                    f"{start[0]}_{source}_{views}={source} {own} --distill.max_train_steps {steps}"
-                )
+                name = f"{start[0]}{rate:g}_{source}_{views}"
+                found[start, rate, source, views] = f"{name}={source} {own} --distill.max_train_steps {steps}"
     return found
 
 
@@ -41,25 +40,26 @@ def main(args):
     chosen = arms(args)
     results = run_episodes(args, ["teacher", *chosen.values()])
     accuracy = {key: results["methods"][text.split("=")[0]] for key, text in chosen.items()}
-    print("| views | " + " | ".join(f"{source}, {start}" for start in STARTS for source in SOURCES) + " |")
-    print("|---|" + "---|" * len(STARTS) * len(SOURCES))
-    for views in args.num_views:
-        cells = (with_interval(accuracy[start, source, views]) for start in STARTS for source in SOURCES)
-        print(f"| {views:,} | {' | '.join(cells)} |")
-    lines = {
-        f"{source}, {start}": [(views, 100 * accuracy[start, source, views]["mean"]) for views in args.num_views]
-        for start in STARTS for source in SOURCES
-    }  # fmt: skip
-    lines["teacher"] = [(v, 100 * results["methods"]["teacher"]["mean"]) for v in args.num_views]
+    lines = {}
+    print(f"| student, learning rate, distilled on | {' views | '.join(f'{n:,}' for n in args.num_views)} views |")
+    print("|---|" + "---|" * len(args.num_views))
+    for start, rate, source in dict.fromkeys(key[:3] for key in chosen):
+        found = [accuracy[start, rate, source, views] for views in args.num_views]
+        print(f"| {start}, {rate:g}, {source} | {' | '.join(map(with_interval, found))} |")
+        points = [(views, 100 * value["mean"]) for views, value in zip(args.num_views, found)]
+        lines[f"{source}, {start}, {rate:g}"] = points
+    print(f"\nTeacher: {with_interval(results['methods']['teacher'])}")
+    lines["teacher"] = [(views, 100 * results["methods"]["teacher"]["mean"]) for views in args.num_views]
     save_plot(Path(args.output_dir) / "schedule.svg", "views seen", "accuracy, %", lines, logarithmic=True)
 
 
 def parse_args(argv=None):
     parser = episodes_parser(__doc__, "unseen_val", 6, "outputs/schedule")
     add = parser.add_argument
-    add("--num_views", type=positive_int, nargs="+", default=[2500, 5000, 15000, 50000], help="lengths of training")
+    add("--num_views", type=positive_int, nargs="+", default=[2500, 10000, 40000], help="lengths of training")
     add("--batch_size", type=positive_int, default=25, help="views a step")
-    add("--learning_rate", type=positive, nargs=2, default=[3e-4, 1e-3], help="pretrained, from random weights")
+    add("--pretrained_rates", type=positive, nargs="*", default=[3e-4, 1e-3], help="learning rates, pretrained")
+    add("--rates", type=positive, nargs="*", default=[1e-3], help="learning rates, from random weights")
     return parser.parse_args(argv)
 
 
