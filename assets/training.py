@@ -133,6 +133,10 @@ def save_plot(path, x_title, y_title, lines, logarithmic=False):
     for name, line in lines.items():
         (drawn,) = axes.plot(*zip(*line))
         labels.append((*line[-1], name, drawn.get_color()))
+    if logarithmic:
+        ticks = sorted({x for line in lines.values() for x, _ in line})
+        axes.set_xticks(ticks, [f"{x:,}" for x in ticks])
+        axes.minorticks_off()
     write_beside(axes, labels)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, metadata={"Date": None})

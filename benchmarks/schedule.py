@@ -1,7 +1,7 @@
 """How long a student should learn: accuracy against the views that it has seen, for students distilled on the supports,
 on TINT images and on other real images, pretrained ones and from random weights, on the same episodes of Icons-FS.
-Prints a Markdown table and draws a picture. Each length is a training of its own, with its own course of the learning
-rate. Choose on classes that no result is reported of: `val` and `unseen_val`.
+Prints a Markdown table and draws a picture for each start. Each length is a training of its own, with its own course of
+the learning rate. Choose on classes that no result is reported of: `val` and `unseen_val`.
 
     python -m benchmarks.schedule --split unseen_val --num_episodes 6
 
@@ -40,17 +40,18 @@ def main(args):
     chosen = arms(args)
     results = run_episodes(args, ["teacher", *chosen.values()])
     accuracy = {key: results["methods"][text.split("=")[0]] for key, text in chosen.items()}
-    lines = {}
+    teacher = results["methods"]["teacher"]
+    lines = {start: {"teacher": [(views, 100 * teacher["mean"]) for views in args.num_views]} for start in STARTS}
     print(f"| student, learning rate, distilled on | {' views | '.join(f'{n:,}' for n in args.num_views)} views |")
     print("|---|" + "---|" * len(args.num_views))
     for start, rate, source in dict.fromkeys(key[:3] for key in chosen):
         found = [accuracy[start, rate, source, views] for views in args.num_views]
         print(f"| {start}, {rate:g}, {source} | {' | '.join(map(with_interval, found))} |")
-        points = [(views, 100 * value["mean"]) for views, value in zip(args.num_views, found)]
-        lines[f"{source}, {start}, {rate:g}"] = points
-    print(f"\nTeacher: {with_interval(results['methods']['teacher'])}")
-    lines["teacher"] = [(views, 100 * results["methods"]["teacher"]["mean"]) for views in args.num_views]
-    save_plot(Path(args.output_dir) / "schedule.svg", "views seen", "accuracy, %", lines, logarithmic=True)
+        lines[start][f"{source}, {rate:g}"] = [(views, 100 * x["mean"]) for views, x in zip(args.num_views, found)]
+    print(f"\nTeacher: {with_interval(teacher)}")
+    for start, drawn in lines.items():
+        path = Path(args.output_dir) / f"schedule_{start.replace(' ', '_')}.svg"
+        save_plot(path, f"views seen ({start})", "accuracy, %", drawn, logarithmic=True)
 
 
 def parse_args(argv=None):

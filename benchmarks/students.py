@@ -118,12 +118,8 @@ def parse_args(argv=None):
     parser = episodes_parser(__doc__, "unseen", 30, "outputs/students")
     add = parser.add_argument
     add("--methods", nargs="+", choices=METHODS, default=[*METHODS], help="what students are distilled on; with tint")
-    add("--max_train_steps", type=positive_int, nargs=2, default=[100, 600], help="pretrained, from random weights")
-    add(
-        "--learning_rate",
-        default="3e-4",
-        help="of pretrained students, but for strong supports, 3e-4; 1e-3 from random weights",
-    )
+    add("--max_train_steps", type=positive_int, nargs=2, default=[100, 400], help="pretrained, from random weights")
+    add("--learning_rate", default="1e-3", help="of pretrained students, but for strong supports, 3e-4")
     return parser.parse_args(argv)
 
 
