@@ -66,7 +66,7 @@ def embed(folder, teacher, classes, batch_size):
 
 def level_of(alpha, drawn):
     """What images of one alpha are grouped by: itself, or, where alphas were drawn at random, the nearest fifth."""
-    return round(5 * alpha) / 5 if drawn else alpha
+    return round(5 * alpha) / 5 if drawn and alpha is not None else alpha
 
 
 def agreement(folder, teacher, held_out, classes, drawn):
