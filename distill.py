@@ -237,10 +237,10 @@ def train(student, teacher, views, args, accelerator, settings):
     if args.ema_decay:
         average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay), use_buffers=True)
         state["average"] = average
-    facts = load_checkpoint(checkpoint, settings, accelerator, **state)
+    facts = load_checkpoint(checkpoint, settings, accelerator, **state) or {"step": 0, "sums": [0, 0], "curve": []}
     with blaming(checkpoint):  # which may be of a version with facts of another form
-        first_step, sums = int(facts.get("step", 0)), [float(x) for x in facts.get("sums", [0, 0])]
-        curve = [[int(step), float(loss), float(same)] for step, loss, same in facts.get("curve", [])]
+        first_step, sums = int(facts["step"]), [float(x) for x in facts["sums"]]
+        curve = [[int(step), float(loss), float(same)] for step, loss, same in facts["curve"]]
     accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
     # All is where it should be: AdamW counts its steps on the CPU, for on a GPU it would wait for each parameter's.
     model, prepared = accelerator.prepare(learner, optimizer, device_placement=[False, False])
