@@ -41,7 +41,7 @@ from common.cli import (
 from common.images import find_images, list_images, load_image, open_image, require_unseen, with_labels
 from common.memory import LiveBytes, announce, bytes_of, peak_bytes
 from common.processes import as_main_sees, cores_of_a_process, generator, seeded, start
-from common.records import blaming, check_settings, fingerprint, settings_of, whole_file, write_json
+from common.records import blaming, check_settings, fingerprint, read_json, settings_of, whole_file, write_json
 from common.report import TEMPLATES, with_interval
 from common.shards import list_samples, open_samples
 from common.teachers import SPECIALISATIONS, augmentation, for_views, load_teacher
@@ -313,6 +313,22 @@ def write_card(student, classes, paths, facts, args):
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # names may be no UTF-8
 
 
+def finish(student, classes, paths, facts, args):
+    """Measures the student where there are test images, writes its card and its record, and says how good it is."""
+    if args.query_dir:
+        classifier, size = models.with_head(student), models.input_size(student)[0]
+        facts["accuracy"] = models.accuracy_on(args.query_dir, classifier, size, classes)
+    write_card(student, classes, paths, facts, args)
+    write_json(Path(args.output_dir) / "distill.json", facts)  # last: it marks the student as done
+    print(f"{args.output_dir}: loss {facts['loss'][-1][1]:.4f}; a student that knows nothing has "
+          f"{facts['loss_of_ignorance']:.4f}")  # fmt: skip
+    print(f"  its answer is the teacher's for {facts['agreement'][-1][1]:.1%} of the last views")
+    if args.query_dir:
+        print(f"  accuracy on {facts['accuracy']['count']} test images: {with_interval(facts['accuracy'])} %")
+    else:
+        print("  how accurate it is, test images say: give some as --query_dir, or to evaluate.py")
+
+
 def main(args):
     accelerator = start(args)
     output_dir = Path(args.output_dir)
@@ -337,6 +353,8 @@ def main(args):
     }
     if as_main_sees(lambda: check_settings(output_dir / "distill.json", settings), accelerator):
         accelerator.print(f"{output_dir} is already there, with the same settings")
+        if args.query_dir and accelerator.is_main_process:
+            finish(models.load_model(output_dir), classes, paths, read_json(output_dir / "distill.json"), args)
         return
 
     teacher = load_teacher(args, map(open_image, paths), labels, accelerator.device)
@@ -361,19 +379,8 @@ def main(args):
         facts = {"settings": settings, "classes": classes, "images": [len(supports), len(others)]}
         facts |= {"loss": [row[:2] for row in curve], "agreement": [row[::2] for row in curve]}
         facts["loss_of_ignorance"] = loss_of_ignorance(len(classes), args)
-        if args.query_dir:
-            classifier, size = models.with_head(student), models.input_size(student)[0]
-            facts["accuracy"] = models.accuracy_on(args.query_dir, classifier, size, classes)
-        write_card(student, classes, paths, facts, args)
-        write_json(output_dir / "distill.json", facts)  # last: it marks the student as done
+        finish(student, classes, paths, facts, args)
         (output_dir / "checkpoint.safetensors").unlink(missing_ok=True)
-        _, loss, agreement = curve[-1]
-        print(f"{output_dir}: loss {loss:.4f}; a student that knows nothing has {facts['loss_of_ignorance']:.4f}")
-        print(f"  its answer is the teacher's for {agreement:.1%} of the last views")
-        if args.query_dir:
-            print(f"  accuracy on {facts['accuracy']['count']} test images: {with_interval(facts['accuracy'])} %")
-        else:
-            print("  how accurate it is, test images say: give some as --query_dir, or to evaluate.py")
     accelerator.end_training()
 
 

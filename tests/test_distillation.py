@@ -475,6 +475,11 @@ def test_a_student_says_how_good_it_is_on_a_scale(run_dir, tmp_path):
         assert f"{record['loss'][-1][1]:.4f}" in text and "0.6931" in text and f"{100 * right:.1f}" in text
     out, _ = launch(*command[:-1], tmp_path / "unmeasured")
     assert "give some as --query_dir" in out
+    out, _ = launch(*command[:-1], tmp_path / "unmeasured", "--query_dir", run_dir / "query")
+    assert "already there" in out and f"{100 * right:.1f}" in out
+    assert (tmp_path / "unmeasured" / "distill.json").read_bytes() == (
+        tmp_path / "student" / "distill.json"
+    ).read_bytes()
 
 
 # ---------------------------------------------------------------------------------------------------------- training
