@@ -33,15 +33,19 @@ class UserError(Exception):
 def run(main, parse_args):
     """Calls `main(parse_args())`. One message instead of a traceback, and exit code 2, for a `UserError` and for a
     path that cannot be written to; exit code 1 for a full disk or quota, a file larger than may be, or too little
-    memory, and 130 for Ctrl-C."""
+    memory, 130 for Ctrl-C, and 141 where nobody reads what is printed."""
     args = None
     with suppress(AttributeError):  # of a stream that a test has put there
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no UTF-8
     try:
         args = parse_args()
         main(args)
+        sys.stdout.flush()
     except UserError as error:
         sys.exit(fail(str(error), 2))
+    except BrokenPipeError:  # as of `| head`, which reads no more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the very end
+        sys.exit(141)
     except OSError as error:
         name = error.filename or getattr(args, "output_dir", "the output")
         if error.errno in PATHS:

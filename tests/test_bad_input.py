@@ -24,7 +24,7 @@ from common.cli import UserError, run
 from common.inversion import interrupted
 from common.processes import stopwatch
 from common.records import read_json_lines
-from tests.conftest import ROOT, launch
+from tests.conftest import PYTHON, ROOT, launch
 
 
 @pytest.fixture
@@ -482,3 +482,12 @@ def test_episode_with_too_many_ways(tmp_path):
     many = len(icons_fs.load_splits()["val"]) + 1
     assert f"--num_ways {many}" in rejected("-m", "common.datasets", "--split", "val", "--num_ways", many,
                                             "--output_dir", tmp_path)  # fmt: skip
+
+
+def test_whoever_reads_the_first_lines_only_sees_no_traceback():
+    code = "from common.cli import run; run(lambda _: [print(k) for k in range(100_000)], lambda: None)"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([*PYTHON, "-c", code], cwd=ROOT, **pipes)
+    assert process.stdout.readline() == "0\n"
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait(60) == 141
