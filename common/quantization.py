@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx.utils import Extractor
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -49,10 +48,10 @@ def convert_int8(fp32, inputs, batch_size, for_tensorrt=False):
         )  # fmt: skip
         int8 = onnx.load(quantized)
     leave_in_float(int8.graph, outputs_of_layers=for_tensorrt)
-    int8 = used_part(int8)
+    remove_unused(int8.graph)
     if for_tensorrt:
         join_sums(int8.graph)
-        int8 = used_part(int8)
+        remove_unused(int8.graph)
     return int8
 
 
@@ -92,10 +91,16 @@ def leave_in_float(graph, outputs_of_layers):
             graph.node.remove(pair)
 
 
-def used_part(model):
-    """The model without nodes and constants whose results nobody reads."""
-    names = ([value.name for value in values] for values in (model.graph.input, model.graph.output))
-    return Extractor(model).extract_model(*names)
+def remove_unused(graph):
+    """Takes away nodes and constants whose results nobody reads."""
+    used = {value.name for value in graph.output}
+    for node in reversed(list(graph.node)):
+        if used.isdisjoint(node.output):
+            graph.node.remove(node)
+        else:
+            used.update(node.input)
+    for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
+        graph.initializer.remove(tensor)
 
 
 def join_sums(graph):

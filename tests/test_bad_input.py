@@ -413,7 +413,7 @@ def test_weights_that_cannot_be_written(run_dir, tmp_path):
     limited = ["bash", "-c", 'ulimit -f 100; exec "$@"', "_", *map(str, command)]
     result = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert f"error: {tmp_path / 'model.safetensors'}: File too large. Free some space" in result.stderr
+    assert "model.safetensors: File too large. Free some space" in result.stderr  # of the rehearsal, or the student
 
 
 @pytest.mark.parametrize(

@@ -499,7 +499,7 @@ def test_other_images_are_not_taken_for_the_same_work(run_dir, tmp_path):
     generated = ("--inversion_dir", tmp_path / "inversion", "--output_dir", tmp_path / "generated")
     alphas = ("--alpha", 0, 0.5, 1)
     _, err = launch("tint_generate.py", *generated, *alphas, "--num_images_per_class", 4, code=2)
-    assert "00004.png: remove" in err
+    assert "00004.png: give another --output_dir" in err
     distil = ("--support_dir", tmp_path / "support", "--train_dir", tmp_path / "generated", "--output_dir",
               tmp_path / "student", "--max_train_steps", 10, "--train_batch_size", 8)  # fmt: skip
     out, _ = launch("distill.py", *distil)

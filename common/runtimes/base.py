@@ -94,6 +94,8 @@ class Runtime:
         self.classes = json.loads(metadata["classes"])
         self.includes_preprocessing = json.loads(metadata["includes_preprocessing"])
         batch_size = json.loads(metadata["batch_size"])
+        if not isinstance(self.includes_preprocessing, bool) or not isinstance(batch_size or 1, int):
+            raise ValueError("its metadata are damaged")
         if batch_size:
             self.max_batch_size, self.fixed = batch_size, True
 
