@@ -11,7 +11,7 @@ Icons that count for a base class stay out, too: Icons-FS has them. Writes one s
 and `inks` [N, 32, 32] in uint8, `labels` [N], and in its metadata the names, and of each drawing its style and colours.
 
     npm pack @iconify/json@2.2.535 && tar xzf iconify-json-2.2.535.tgz && pip install resvg-py scipy
-    python -m assets.build_icon_web --iconify_dir package --output_file outputs/icon_web.safetensors   # 20 minutes
+    python -m assets.build_icon_web --iconify_dir package --output_file outputs/icon_web.safetensors   # 10 minutes
 """
 
 import argparse

@@ -129,8 +129,6 @@ def build(args, num_classes):
 
 def load_split(split, args, size):
     """The images of base classes, or those of other classes that episodes draw from."""
-    if split == "base" and args.icon_web:
-        return IconWeb(args.icon_web)
     if args.dataset == "icons_fs":
         return Drawings(["base"] if split == "base" else ["episode"], [split])
     return Pictures(args.dataset, split, args.dataset_dir, size)
@@ -140,8 +138,9 @@ def main(args):
     use_threads(args.num_threads)
     torch.manual_seed(args.seed)
     base = list(load_dataset(args.dataset, "base", args.dataset_dir).classes)
-    model = build(args, len(IconWeb(args.icon_web).classes) if args.icon_web else len(base))
-    drawings = load_split("base", args, input_size(model)[0])
+    web = IconWeb(args.icon_web) if args.icon_web else None
+    model = build(args, len(web.classes if web else base))
+    drawings = web or load_split("base", args, input_size(model)[0])
     held_out = {"val": ["val"], "novel": ["novel"]}
     if args.dataset == "icons_fs":
         held_out = {"val": ["val", "unseen_val"], "novel": ["novel", "unseen"]}
@@ -220,11 +219,7 @@ def parse_args():
     add("--image_size", type=int, help="the model's input side; default: its own")
     add("--imagenet_model", help="folder of the EfficientNet-Lite0 to start an ink_lite from")
     add("--icon_web", help="file of assets/build_icon_web.py: learn its names beside the base classes")
-    add(
-        "--bf16",
-        action="store_true",
-        help="compute in bfloat16: dense networks take half as long on some CPUs",
-    )
+    add("--bf16", action="store_true", help="compute in bfloat16: dense networks take half as long on some CPUs")
     add("--max_train_steps", type=int)
     add("--learning_rate", type=float, default=2e-3)
     add("--prototype_weight", type=float, help="w in the loss")
