@@ -18,7 +18,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from assets.train_diffusion import article
-from assets.training import Drawings, use_threads
+from assets.training import Drawings, accelerator, use_threads
 from common import models
 from common.images import save_grid
 from common.records import write_json
@@ -31,10 +31,11 @@ def main(args):
     output_dir.mkdir(parents=True, exist_ok=True)
     pipe = StableDiffusionPipeline.from_pretrained(args.model, safety_checker=None, use_safetensors=True)
     pipe.set_progress_bar_config(disable=True)
-    teacher, results = models.load_model(args.teacher), {}
+    device, results = accelerator(), {}
+    pipe, teacher = pipe.to(device), models.load_model(args.teacher).to(device)
     for split in ("base", "val", "novel"):
         drawings = Drawings(["base", "episode"], [split])
-        classifier = models.PrototypeClassifier(teacher, drawings.images, drawings.labels)
+        classifier = models.PrototypeClassifier(teacher, drawings.images.to(device), drawings.labels.to(device))
         rows, agreement = [], {}
         for label, name in enumerate(drawings.classes):
             seeds = [torch.Generator().manual_seed(args.seed * 1000 + i) for i in range(args.num_samples)]
@@ -43,7 +44,7 @@ def main(args):
                           generator=seeds, output_type="np").images  # fmt: skip
             images = torch.from_numpy(images).movedim(-1, 1)
             with torch.no_grad():
-                agreement[name] = int((classifier(images).argmax(1) == label).sum())
+                agreement[name] = int((classifier(images.to(device)).argmax(1) == label).sum())
             rows.append([drawings.images[drawings.labels == label][0], *images[: args.shown]])
         named, total = sum(agreement.values()), args.num_samples * len(agreement)
         results[split] = {"named": named / total, "ci95": wilson_interval(named, total), "per_class": agreement}

@@ -28,7 +28,6 @@ Stopped (Ctrl-C, SIGTERM) and started again, it goes on.
 import argparse
 import math
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that it runs as a file, too
@@ -37,9 +36,21 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from assets.training import Checkpoint, Drawings, IconWeb, Pictures, rng_of_step, use_threads
+from assets.training import (
+    Average,
+    Checkpoint,
+    Clock,
+    Drawings,
+    IconWeb,
+    Pictures,
+    accelerator,
+    descend,
+    optimizer,
+    recorded,
+    rng_of_step,
+    use_threads,
+)
 from common.architectures import InkMap
 from common.cli import run
 from common.datasets import load_dataset
@@ -59,21 +70,23 @@ def batch(drawings, members, args, rng):
         members: the drawings of each class.
     """
     labels = rng.permutation(len(members))[: args.ways].repeat(args.shots)
-    picks = [rng.choice(members[label]) for label in labels]
+    counts = np.array([len(own) for own in members])
+    places = (rng.random(len(labels)) * counts[labels]).astype(int)
+    picks = np.concatenate(members)[(np.cumsum(counts) - counts)[labels] + places]
     if args.dataset != "icons_fs":
         return torch.stack([drawings.view(i, rng) for i in picks]), torch.tensor(labels)
-    x = torch.stack([drawings.paint(i, rng)[0] if rng.random() < 0.5 else drawings.images[i] for i in picks])
+    x, _ = drawings.paint(picks, rng, share=0.5)
     n, a = len(x), args.augmentation
-    amount = torch.tensor(rng.uniform(-0.7 * a, 0.7 * a, (n, 1, 1, 1)), dtype=torch.float32)  # strokes are dark
+    amount = torch.tensor(rng.uniform(-0.7 * a, 0.7 * a, (n, 1, 1, 1)), dtype=x.dtype, device=x.device)
     x = torch.lerp(x, torch.where(amount < 0, F.max_pool2d(x, 3, 1, 1), -F.max_pool2d(-x, 3, 1, 1)), amount.abs())
     angle, shear = rng.normal(0, 0.2 * a, n), rng.normal(0, 0.15 * a, n)
     size, stretch = np.exp(rng.normal(0, 0.12 * a, n)), np.exp(rng.normal(0, 0.1 * a, n))
     mirror, shift = rng.choice([-1, 1], n), rng.uniform(-0.15 * a, 0.15 * a, (2, n))
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]).transpose(2, 0, 1)
     skew = np.array([[size * stretch * mirror, shear], [0 * shear, size / stretch]]).transpose(2, 0, 1)
-    theta = np.concatenate([turn @ skew, shift.T[:, :, None]], 2)
-    grid = F.affine_grid(torch.tensor(theta, dtype=torch.float32), x.shape, align_corners=False)
-    x = F.grid_sample(x, grid, "bicubic", "border", align_corners=False).clamp(0, 1)
+    theta = torch.tensor(np.concatenate([turn @ skew, shift.T[:, :, None]], 2), dtype=x.dtype, device=x.device)
+    x = F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False), "bicubic", "border", align_corners=False)
+    x = x.clamp(0, 1)
     return x, torch.tensor(labels)
 
 
@@ -95,7 +108,7 @@ def prototype_loss(f):
 def accuracies(model, drawings, ways, shots, num_episodes, queries=15, seed=0):
     """Accuracy in percent of cosine prototypes over random episodes: {"mean", "interval": half the 95% one}."""
     device = next(model.parameters()).device
-    f = torch.cat([features(model.eval(), x.to(device)).cpu() for x in drawings.images.split(128)])
+    f = torch.cat([features(model.eval(), x.to(device)).cpu() for x in drawings.images.split(256)])
     members = [np.flatnonzero(drawings.labels.numpy() == c) for c in range(len(drawings.classes))]
     reached = []
     for episode in range(num_episodes):
@@ -122,8 +135,9 @@ def build(args, num_classes):
         state["conv_stem.weight"] = -2 * state["conv_stem.weight"].sum(1, keepdim=True)
         whole = timm.create_model("tf_efficientnet_lite0", in_chans=1)
         whole.load_state_dict(state)
-        blocks = torch.nn.Sequential(InkMap(), whole.conv_stem, whole.bn1, *whole.blocks[:5])
-        model.blocks.load_state_dict(blocks.state_dict())
+        stem = [InkMap(), whole.conv_stem, whole.bn1]
+        stages = whole.blocks[: len(model.blocks) - len(stem)]
+        model.blocks.load_state_dict(torch.nn.Sequential(*stem, *stages).state_dict())
     return model
 
 
@@ -138,7 +152,7 @@ def main(args):
     use_threads(args.num_threads)
     torch.manual_seed(args.seed)
     base = list(load_dataset(args.dataset, "base", args.dataset_dir).classes)
-    web = IconWeb(args.icon_web) if args.icon_web else None
+    web = IconWeb(args.icon_web, ["base"], ["base"]) if args.icon_web else None
     model = build(args, len(web.classes if web else base))
     drawings = web or load_split("base", args, input_size(model)[0])
     held_out = {"val": ["val"], "novel": ["novel"]}
@@ -146,64 +160,64 @@ def main(args):
         held_out = {"val": ["val", "unseen_val"], "novel": ["novel", "unseen"]}
     validation = {split: load_split(split, args, input_size(model)[0]) for split in held_out["val"]}
     members = [np.flatnonzero(drawings.labels.numpy() == c) for c in range(len(drawings.classes))]
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    device = accelerator()
+    drawings = drawings.to(device)
     model = model.to(device, memory_format=memory_format(model))
-    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay), use_buffers=True)
+    ema = Average(model, args.ema_decay)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay},
-                                   {"params": vectors, "weight_decay": 0}])  # fmt: skip
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0}]
+    adam = optimizer(groups, (0.9, 0.999), args.weight_decay, device)
     output_dir = Path(args.output_dir)
-    checkpoint = Checkpoint(output_dir / "checkpoint.safetensors", args, model=model, ema=ema, optimizer=optimizer)
+    checkpoint = Checkpoint(output_dir / "checkpoint.safetensors", args, model=model, ema=ema.module, optimizer=adam)
     facts = checkpoint.load()
     curve, start = facts.get("curve", []), facts.get("step", 0)
-    clock, seconds, losses = time.time(), facts.get("seconds", 0), []
+    clock, losses = Clock(args, facts.get("seconds", 0)), []
 
-    for step in range(start, args.max_train_steps):
-        for group in optimizer.param_groups:
-            progress = step / args.max_train_steps
-            group["lr"] = args.learning_rate * min(1, (step + 1) / 100) * (1 + math.cos(math.pi * progress)) / 2
-        images, labels = (x.to(device) for x in batch(drawings, members, args, rng_of_step(args.seed, step)))
-        torch.manual_seed(args.seed * 1_000_003 + step)  # dropout
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=args.bf16):
+    def train(images, labels):
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             f = features(model.train(), images)
             logits = model.get_classifier()(f)
-        f = f.float()
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=args.label_smoothing)
         if args.prototype_weight:
-            loss = loss + args.prototype_weight * prototype_loss(f.unflatten(0, (-1, args.shots)))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.update_parameters(model)
-        losses.append(loss.item())
-        last = step + 1 == args.max_train_steps or checkpoint.stopping
-        if (step + 1) % args.validation_steps == 0 or last:
-            seconds, clock = seconds + time.time() - clock, time.time()
+            loss = loss + args.prototype_weight * prototype_loss(f.float().unflatten(0, (-1, args.shots)))
+        return descend(loss, list(model.parameters()), adam, 5.0)
+
+    train = recorded(train, device)
+    for step in range(start, args.max_train_steps):
+        for group in adam.param_groups:
+            group["lr"].fill_(args.learning_rate * clock.learning_rate(step, 100))
+        images, labels = (x.to(device) for x in batch(drawings, members, args, rng_of_step(args.seed, step)))
+        torch.manual_seed(args.seed * 1_000_003 + step)  # dropout
+        losses.append(train(images, labels))
+        ema.update(step)
+        last = clock.progress(step + 1) == 1
+        if (step + 1) % args.validation_steps == 0 or last or checkpoint.stopping:
             reached = {split: accuracies(ema.module, data, 5, 5, 300)["mean"] for split, data in validation.items()}
-            curve.append({"step": step + 1, "loss": sum(losses) / len(losses), **reached})
+            curve.append({"step": step + 1, "loss": torch.stack(losses).mean().item(), **reached})
             losses.clear()
-            print(f"{seconds:.0f} s", curve[-1], flush=True)
-            checkpoint.save(step=step + 1, seconds=seconds, curve=curve)
-            clock = time.time()
+            print(f"{clock.seconds:.0f} s", curve[-1], flush=True)
+            checkpoint.save(step=step + 1, seconds=clock.seconds, curve=curve)
         if checkpoint.stopping:
             return
+        if last:
+            break
 
-    model = ema.module.to(memory_format=torch.contiguous_format).eval()
+    model = ema.module.to("cpu", memory_format=torch.contiguous_format).eval()
     if args.icon_web:  # whose first names are the base classes
         head = model.get_classifier()
         model.reset_classifier(len(base))
         model.get_classifier().load_state_dict({key: rows[: len(base)] for key, rows in head.state_dict().items()})
     save_model(model, output_dir, base)
-    reached = {}
+    model, reached = model.to(device), {}
     for split in held_out["val"] + held_out["novel"]:
         episodes = load_split(split, args, input_size(model)[0])
         for ways, shots in ((5, 1), (5, 5), (len(episodes.classes), 5)):
             reached[f"{split}, {ways}-way {shots}-shot"] = accuracies(model, episodes, ways, shots, 500)
+    size = sum(p.numel() for p in model.parameters())
     write_json(output_dir / "training.json",
-               {"settings": vars(args), "parameters": sum(p.numel() for p in model.parameters()), "seconds": seconds,
-                "curve": curve, "reached": reached, "names": drawings.classes})  # fmt: skip
+               {"settings": vars(args), "parameters": size, "seconds": clock.seconds, "curve": curve,
+                "reached": reached, "names": drawings.classes})  # fmt: skip
     print(reached)
 
 
@@ -221,6 +235,7 @@ def parse_args():
     add("--icon_web", help="file of assets/build_icon_web.py: learn its names beside the base classes")
     add("--bf16", action="store_true", help="compute in bfloat16: dense networks take half as long on some CPUs")
     add("--max_train_steps", type=int)
+    add("--max_minutes", type=float, help="end by then, the learning rate with it")
     add("--learning_rate", type=float, default=2e-3)
     add("--prototype_weight", type=float, help="w in the loss")
     add("--augmentation", type=float, help="how far strokes and shapes change")

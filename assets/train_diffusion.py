@@ -13,9 +13,7 @@ Stopped (Ctrl-C, SIGTERM) and started again, it goes on.
 """
 
 import argparse
-import json
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that it runs as a file, too
@@ -23,12 +21,23 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # so that it runs as a fi
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from safetensors import safe_open
-from torch.optim.swa_utils import AveragedModel
+from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from assets.colours import BACKGROUNDS, FOREGROUNDS
-from assets.training import Checkpoint, Drawings, moving_average, rng_of_step, use_threads
+from assets.training import (
+    Average,
+    Checkpoint,
+    Clock,
+    Drawings,
+    accelerator,
+    descend,
+    optimizer,
+    recorded,
+    rng_of_step,
+    seen_drawings,
+    use_threads,
+)
 from common.cli import run
 from common.records import digest, fingerprint, save_tensors, write_json
 
@@ -51,21 +60,21 @@ def train_tokenizer(classes):
     """A CLIP tokenizer whose byte-pair encoding has one token for each word of the captions."""
     words = " ".join(["an a icon of on filled outline duotone colour", *FOREGROUNDS, *BACKGROUNDS, *classes])
     words = sorted(set(words.replace("-", " ").split()))
-    tokenizer = CLIPTokenizer(model_max_length=MAX_TOKENS).train_new_from_iterator([words], vocab_size=10_000)
-    several = [w for w in words if len(tokenizer.tokenize(w)) > 1]
+    tokenizer = CLIPTokenizer(model_max_length=MAX_TOKENS).train_new_from_iterator([words], vocab_size=20_000)
+    several = [w for w in words if w.isalpha() and len(tokenizer.tokenize(w)) > 1]
     if several:
         raise ValueError(f"these words have several tokens: {several}")
     return tokenizer
 
 
-def build(tokenizer, channels, layers):
+def build(tokenizer, channels, layers, text_width):
     """UNet and text encoder with random weights. Attention from 4x4 down: at 8x8 it costs more than it gives."""
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=512,
-            projection_dim=128,
+            hidden_size=text_width,
+            intermediate_size=4 * text_width,
+            projection_dim=text_width,
             num_hidden_layers=2,
             num_attention_heads=4,
             max_position_embeddings=MAX_TOKENS,
@@ -81,28 +90,33 @@ def build(tokenizer, channels, layers):
         down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * deeper),
         up_block_types=(*("CrossAttnUpBlock2D",) * deeper, "UpBlock2D"),
         layers_per_block=layers,
-        cross_attention_dim=128,
+        cross_attention_dim=text_width,
         attention_head_dim=4,
         norm_num_groups=16,
     )
     return unet, text_encoder
 
 
+def tokenize(tokenizer, captions):
+    """Token numbers [n, MAX_TOKENS] of captions."""
+    return tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids
+
+
 @torch.no_grad()
-def encode(vae, drawings, copies, path, seed):
-    """Latents of `copies` paintings of each drawing, float16 [N, copies, 4, 8, 8], and their facts; kept in a file."""
+def encode(vae, tokenizer, drawings, copies, path, rng, keep=0.55):
+    """Latents [N, copies, 4, 8, 8] in float16 of `copies` paintings of each drawing, the first as it is, and the token
+    numbers [N, copies, MAX_TOKENS] of their captions; kept in a file."""
     if not path.is_file():
-        rng = np.random.default_rng([seed, 1])
-        painted = [
-            [(drawings.images[i], drawings.facts[i])] + [drawings.paint(i, rng) for _ in range(copies - 1)]
-            for i in range(len(drawings))
-        ]
-        images = torch.stack([image for row in painted for image, _ in row])
-        latents = torch.cat([vae.encode(x * 2 - 1).latent_dist.mode().half() for x in images.split(256)])
-        latents = (latents * vae.config.scaling_factor).unflatten(0, (len(drawings), copies)).contiguous()
-        save_tensors(path, {"latents": latents}, {"facts": json.dumps([[fact for _, fact in r] for r in painted])})
-    with safe_open(path, "pt") as file:
-        return file.get_tensor("latents"), json.loads(file.metadata()["facts"])
+        chunks = {"latents": [], "ids": []}
+        for rows in np.array_split(np.arange(len(drawings)), -(-len(drawings) // 512)):
+            painted = [drawings.paint(rows, rng, share=float(copy > 0)) for copy in range(copies)]
+            latents = [vae.encode(x * 2 - 1).latent_dist.mode().half().cpu() for x, _ in painted]
+            ids = [tokenize(tokenizer, [caption(fact, rng, keep) for fact in facts]).short() for _, facts in painted]
+            chunks["latents"].append(torch.stack(latents, 1) * vae.config.scaling_factor)
+            chunks["ids"].append(torch.stack(ids, 1))
+        save_tensors(path, {k: torch.cat(v) for k, v in chunks.items()}, {})
+    found = load_file(path)
+    return found["latents"], found["ids"].long()
 
 
 def main(args):
@@ -111,84 +125,91 @@ def main(args):
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     vae_dir = Path(args.initial_model, "vae") if args.initial_model else Path(args.vae)
-    vae = AutoencoderKL.from_pretrained(vae_dir, use_safetensors=True).eval().requires_grad_(False)
-    drawings, held_out = Drawings(["base", "web"]), Drawings(["episode"], ["val"])
+    device = accelerator()
+    vae = AutoencoderKL.from_pretrained(vae_dir, use_safetensors=True).eval().requires_grad_(False).to(device)
+    drawings = seen_drawings(args.icon_web)
+    held_out = Drawings(["episode"], ["val"]).to(device)
     if args.initial_model:
         start = StableDiffusionPipeline.from_pretrained(args.initial_model, safety_checker=None, use_safetensors=True)
         tokenizer, unet, text_encoder = start.tokenizer, start.unet, start.text_encoder
     else:
         tokenizer = train_tokenizer(drawings.classes)
-        unet, text_encoder = build(tokenizer, args.channels, args.layers)
-    key = digest(fingerprint(vae_dir.glob("*.safetensors")), args.copies, args.seed)  # what latents depend on
-    latents, facts = encode(vae, drawings, args.copies, output_dir / f"latents-{key}.safetensors", args.seed)
-    val_latents, val_facts = encode(vae, held_out, 1, output_dir / f"val-{key}.safetensors", args.seed)
+        unet, text_encoder = build(tokenizer, args.channels, args.layers, args.text_width)
+    key = digest(fingerprint(vae_dir.glob("*.safetensors")), len(drawings), args.copies, args.seed)
+    rng = np.random.default_rng([args.seed, 1])
+    files = [output_dir / f"{name}-{key}.safetensors" for name in ("latents", "val")]
+    latents, ids = encode(vae, tokenizer, drawings.to(device), args.copies, files[0], rng)
+    val_latents, val_ids = (x[:, 0].to(device) for x in encode(vae, tokenizer, held_out, 1, files[1], rng, keep=1))
+    size, no_caption = args.train_batch_size, tokenize(tokenizer, [""]).to(device)
+    latents, ids = latents.to(device), ids.to(device)
     scheduler = DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
-    abar = scheduler.alphas_cumprod
+    abar = scheduler.alphas_cumprod.to(device)
     snr = abar / (1 - abar)
     weight = snr.clamp(max=args.snr_gamma) / snr
 
-    def weighted_loss(networks, z, captions, t, eps):
+    def weighted_loss(networks, z, ids, t, eps):
         unet, text_encoder = networks
         a = abar[t].view(-1, 1, 1, 1)
         z_t = a.sqrt() * z + (1 - a).sqrt() * eps
-        ids = tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids
-        error = (unet(z_t, t, text_encoder(ids)[0]).sample - eps).square().mean((1, 2, 3))
-        return (weight[t] * error).mean()
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+            predicted = unet(z_t, t, text_encoder(ids)[0]).sample
+        return (weight[t] * (predicted.float() - eps).square().mean((1, 2, 3))).mean()
 
     @torch.no_grad()
     def validate(networks):
         """The loss on unseen drawings of val classes, at fixed timesteps, noise and full captions."""
-        fixed, total, z = torch.Generator().manual_seed(0), 0.0, val_latents[:, 0].float()
-        captions = [caption(rows[0], np.random.default_rng(0), keep=1) for rows in val_facts]
+        fixed, total, z = torch.Generator().manual_seed(0), 0.0, val_latents.float()
         t, eps = torch.randint(1000, (len(z),), generator=fixed), torch.randn(z.shape, generator=fixed)
-        for i in range(0, len(z), 256):
-            part = slice(i, i + 256)
-            total += weighted_loss(networks, z[part], captions[part], t[part], eps[part]).item() * len(z[part])
+        parts = (x.split(256) for x in (z, val_ids, t.to(device), eps.to(device)))
+        for part in zip(*parts):
+            total += weighted_loss(networks, *part).item() * len(part[0])
         return total / len(z)
 
-    networks = torch.nn.ModuleList([unet, text_encoder])
-    ema = AveragedModel(networks, multi_avg_fn=moving_average(args.ema_decay))
-    optimizer = torch.optim.AdamW(networks.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    checkpoint = Checkpoint(
-        output_dir / "checkpoint.safetensors", args, networks=networks, ema=ema, optimizer=optimizer
-    )
+    networks = torch.nn.ModuleList([unet.to(memory_format=torch.channels_last), text_encoder]).to(device)
+    ema, weights = Average(networks, args.ema_decay), list(networks.parameters())
+    adam, path = optimizer(weights, (0.9, 0.99), 0.01, device), output_dir / "checkpoint.safetensors"
+    checkpoint = Checkpoint(path, args, networks=networks, ema=ema.module, optimizer=adam)
     past = checkpoint.load()
-    curve, first, seconds = past.get("curve", []), past.get("step", 0), past.get("seconds", 0)
-    size, losses, clock = args.train_batch_size, [], time.time()
+    curve, first = past.get("curve", []), past.get("step", 0)
+    clock, losses, epoch = Clock(args, past.get("seconds", 0)), [], -1
 
+    def train(z, ids, t, eps):
+        return descend(weighted_loss(networks, z, ids, t, eps), weights, adam, 1.0)
+
+    train = recorded(train, device)
     for step in range(first, args.max_train_steps):
-        left = (args.max_train_steps - step) / args.max_train_steps
-        for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate * min(1, (step + 1) / 200, 5 * left)
-        rng, noise = rng_of_step(args.seed, step), torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        epoch, place = divmod(step * size, len(facts))  # each drawing once an epoch
-        order = np.concatenate([rng_of_step(args.seed + 1, e).permutation(len(facts)) for e in (epoch, epoch + 1)])
-        rows, copies = order[place : place + size], rng.integers(args.copies, size=size)
-        captions = ["" if rng.random() < 0.1 else caption(facts[i][j], rng) for i, j in zip(rows, copies)]
-        t = ((torch.arange(size) + torch.rand(size, generator=noise)) * 1000 / size).long()  # stratified
-        t = t.clamp(max=999)  # the last sum may round up
-        z = latents[torch.from_numpy(rows), torch.from_numpy(copies)].float()
-        loss = weighted_loss(networks, z, captions, t, torch.randn(z.shape, generator=noise))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(networks.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.update_parameters(networks)
-        losses.append(loss.item())
-        last = step + 1 == args.max_train_steps or checkpoint.stopping
-        if (step + 1) % args.validation_steps == 0 or last:
-            seconds, clock = seconds + time.time() - clock, time.time()
-            point = {"step": step + 1, "epoch": (step + 1) * size / len(facts), "loss": float(np.mean(losses))}
-            curve.append(point | {"val_loss": validate(ema.module)})
+        left = 1 - clock.progress(step)
+        for group in adam.param_groups:
+            group["lr"].fill_(args.learning_rate * min(1, (step + 1) / 200, 5 * left))
+        noise = torch.Generator(device).manual_seed(args.seed * 1_000_003 + step)
+        if epoch != step * size // len(drawings):  # each drawing once an epoch
+            epoch = step * size // len(drawings)
+            order = [rng_of_step(args.seed + 1, e).permutation(len(drawings)) for e in (epoch, epoch + 1)]
+            order = torch.from_numpy(np.concatenate(order)).to(device)
+        rows = order[step * size - epoch * len(drawings) :][:size]
+        copies = torch.randint(args.copies, (size,), generator=noise, device=device)
+        unnamed = torch.rand(size, 1, generator=noise, device=device) < 0.1
+        t = torch.arange(size, device=device) + torch.rand(size, generator=noise, device=device)
+        t = (t * 1000 / size).long().clamp(max=999)  # stratified; the last sum may round up
+        z, eps = latents[rows, copies].float(), torch.randn(latents[rows, 0].shape, generator=noise, device=device)
+        losses.append(train(z, torch.where(unnamed, no_caption, ids[rows, copies]), t, eps))
+        ema.update(step)
+        last = clock.progress(step + 1) == 1
+        if (step + 1) % args.validation_steps == 0 or last or checkpoint.stopping:
+            point = {"step": step + 1, "epoch": (step + 1) * size / len(drawings)}
+            curve.append(point | {"loss": torch.stack(losses).mean().item(), "val_loss": validate(ema.module)})
             losses.clear()
-            print(f"{seconds:.0f} s", curve[-1], flush=True)
-            checkpoint.save(step=step + 1, seconds=seconds, curve=curve)
+            print(f"{clock.seconds:.0f} s", curve[-1], flush=True)
+            checkpoint.save(step=step + 1, seconds=clock.seconds, curve=curve)
+        if checkpoint.stopping:
+            return
         if last:
             break
 
-    unet, text_encoder = ema.module
+    unet, text_encoder = ema.module.cpu()
+    unet = unet.to(torch.float16 if args.float16 else torch.float32, memory_format=torch.contiguous_format)
     StableDiffusionPipeline(
-        vae=vae,
+        vae=vae.cpu(),
         unet=unet,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
@@ -197,7 +218,7 @@ def main(args):
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(output_dir)
-    write_json(output_dir / "training.json", {"settings": vars(args), "seconds": seconds, "curve": curve})
+    write_json(output_dir / "training.json", {"settings": vars(args), "seconds": clock.seconds, "curve": curve})
 
 
 def parse_args():
@@ -208,8 +229,13 @@ def parse_args():
     add("--output_dir", default="outputs/mini-sd")
     add("--channels", type=int, nargs="+", default=[64, 128, 128], help="of the UNet's levels")
     add("--layers", type=int, default=1, help="layers of a level")
+    add("--text_width", type=int, default=128, help="of the text encoder")
+    add("--icon_web", help="file of assets/build_icon_web.py: learn its names, too")
+    add("--bf16", action="store_true", help="compute in bfloat16")
+    add("--float16", action="store_true", help="write the UNet's weights in half precision")
     add("--copies", type=int, default=8, help="paintings of each drawing")
     add("--max_train_steps", type=int, default=16600, help="100 epochs of 10,568 drawings in batches of 64")
+    add("--max_minutes", type=float, help="end by then, the learning rate with it")
     add("--train_batch_size", type=int, default=64)
     add("--learning_rate", type=float, default=2e-3)
     add("--snr_gamma", type=float, default=5.0)

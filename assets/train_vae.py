@@ -9,9 +9,7 @@ an exponential moving average. The scaling factor is set so that latents have st
 """
 
 import argparse
-import math
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that it runs as a file, too
@@ -19,9 +17,20 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # so that it runs as a fi
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from assets.training import Checkpoint, Drawings, rng_of_step, use_threads
+from assets.training import (
+    Average,
+    Checkpoint,
+    Clock,
+    Drawings,
+    accelerator,
+    descend,
+    optimizer,
+    recorded,
+    rng_of_step,
+    seen_drawings,
+    use_threads,
+)
 from common.cli import run
 from common.records import write_json
 
@@ -40,18 +49,18 @@ def build():
 
 def batch(drawings, size, rng):
     """A batch of drawings in [-1, 1]: half in fresh colours, half of them mirrored, moved by up to 2 pixels."""
-    picks = [drawings.paint(i, rng)[0] if rng.random() < 0.5 else drawings.images[i]
-             for i in rng.integers(len(drawings), size=size)]  # fmt: skip
-    x = torch.stack([p.flip(-1) if rng.random() < 0.5 else p for p in picks])
+    x, _ = drawings.paint(rng.integers(len(drawings), size=size), rng, share=0.5)
+    mirrored = torch.tensor(rng.random(size) < 0.5, device=x.device).view(-1, 1, 1, 1)
+    x = F.pad(torch.where(mirrored, x.flip(-1), x), (2, 2, 2, 2), mode="replicate")
     shift = rng.integers(0, 5, size=2)
-    return F.pad(x, (2, 2, 2, 2), mode="replicate")[..., shift[0] : shift[0] + 32, shift[1] : shift[1] + 32] * 2 - 1
+    return x[..., shift[0] : shift[0] + 32, shift[1] : shift[1] + 32] * 2 - 1
 
 
 @torch.no_grad()
 def psnr(vae, images):
     """Mean peak signal-to-noise ratio in dB of reconstructions of images [N, 3, 32, 32] in [0, 1]."""
     errors = []
-    for x in images.split(128):
+    for x in images.to(vae.device).split(256):
         y = vae.decode(vae.encode(x * 2 - 1).latent_dist.mode()).sample
         errors.append(((y / 2 + 0.5).clamp(0, 1) - x).square().mean((1, 2, 3)))
     return (-10 * torch.cat(errors).log10()).mean().item()
@@ -60,48 +69,49 @@ def psnr(vae, images):
 def main(args):
     use_threads(args.num_threads)
     torch.manual_seed(args.seed)
-    drawings, val = Drawings(["base", "web"]), Drawings(["episode"], ["val"]).images[::4]
+    device = accelerator()
+    drawings = seen_drawings(args.icon_web).to(device)
+    val = Drawings(["episode"], ["val"]).images[::4]
     vae = build()
     if args.decoder_only:  # the latents must stay what they are: a diffusion model has learned them
         vae = AutoencoderKL.from_pretrained(args.decoder_only, use_safetensors=True)
         vae.encoder.requires_grad_(False), vae.quant_conv.requires_grad_(False)
-    ema = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay))
+    vae = vae.to(device)
+    ema = Average(vae, args.ema_decay)
     trained = [p for p in vae.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.99), weight_decay=1e-4)
+    adam = optimizer(trained, (0.9, 0.99), 1e-4, device)
     output_dir = Path(args.output_dir)
-    checkpoint = Checkpoint(output_dir / "checkpoint.safetensors", args, vae=vae, ema=ema, optimizer=optimizer)
+    checkpoint = Checkpoint(output_dir / "checkpoint.safetensors", args, vae=vae, ema=ema.module, optimizer=adam)
     facts = checkpoint.load()
     curve, start = facts.get("curve", []), facts.get("step", 0)
-    clock, seconds, losses = time.time(), facts.get("seconds", 0), []
+    clock, losses = Clock(args, facts.get("seconds", 0)), []
 
-    for step in range(start, args.max_train_steps):
-        for group in optimizer.param_groups:
-            progress = step / args.max_train_steps
-            group["lr"] = args.learning_rate * min(1, (step + 1) / 200) * (1 + math.cos(math.pi * progress)) / 2
-        x = batch(drawings, args.train_batch_size, rng_of_step(args.seed, step))
-        torch.manual_seed(args.seed * 1_000_003 + step)
+    def train(x, noise):
         posterior = vae.encode(x).latent_dist
-        y = vae.decode(posterior.mode() if args.decoder_only else posterior.sample()).sample
-        loss = (
-            F.l1_loss(y, x) / 2
-            + 2 * F.mse_loss(y, x)
-            + args.kl_weight * posterior.kl().mean() / posterior.mean[0].numel()
-        )
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.update_parameters(vae)
-        losses.append(loss.item())
-        last = step + 1 == args.max_train_steps or checkpoint.stopping
-        if (step + 1) % args.validation_steps == 0 or last:
-            seconds, clock = seconds + time.time() - clock, time.time()
-            curve.append({"step": step + 1, "loss": sum(losses) / len(losses), "psnr": psnr(ema.module, val)})
+        z = posterior.mean + (0 if args.decoder_only else posterior.std * noise)
+        y = vae.decode(z).sample
+        kl = posterior.kl().mean() / z[0].numel()
+        return descend(F.l1_loss(y, x) / 2 + 2 * F.mse_loss(y, x) + args.kl_weight * kl, trained, adam, 1.0)
+
+    train = recorded(train, device)
+    for step in range(start, args.max_train_steps):
+        for group in adam.param_groups:
+            group["lr"].fill_(args.learning_rate * clock.learning_rate(step, 200))
+        torch.manual_seed(args.seed * 1_000_003 + step)
+        noise = torch.randn(args.train_batch_size, 4, 8, 8, device=device)
+        losses.append(train(batch(drawings, args.train_batch_size, rng_of_step(args.seed, step)), noise))
+        ema.update(step)
+        last = clock.progress(step + 1) == 1
+        if (step + 1) % args.validation_steps == 0 or last or checkpoint.stopping:
+            loss = torch.stack(losses).mean().item()
+            curve.append({"step": step + 1, "loss": loss, "psnr": psnr(ema.module, val)})
             losses.clear()
-            print(f"{seconds:.0f} s", curve[-1], flush=True)
-            checkpoint.save(step=step + 1, seconds=seconds, curve=curve)
+            print(f"{clock.seconds:.0f} s", curve[-1], flush=True)
+            checkpoint.save(step=step + 1, seconds=clock.seconds, curve=curve)
         if checkpoint.stopping:
             return
+        if last:
+            break
 
     vae = ema.module.eval()
     if not args.decoder_only:
@@ -111,7 +121,7 @@ def main(args):
     vae.save_pretrained(output_dir)
     reached = {split: psnr(vae, Drawings(["episode"], [split]).images) for split in ("val", "novel")}
     write_json(output_dir / "training.json",
-               {"settings": vars(args), "seconds": seconds, "curve": curve, "psnr": reached})  # fmt: skip
+               {"settings": vars(args), "seconds": clock.seconds, "curve": curve, "psnr": reached})  # fmt: skip
     print(reached)
 
 
@@ -120,7 +130,9 @@ def parse_args():
     add = parser.add_argument
     add("--output_dir", default="outputs/mini-sd/vae")
     add("--decoder_only", help="a VAE's folder, whose decoder to train further")
+    add("--icon_web", help="file of assets/build_icon_web.py: learn its drawings, too")
     add("--max_train_steps", type=int, default=5000)
+    add("--max_minutes", type=float, help="end by then, the learning rate with it")
     add("--train_batch_size", type=int, default=16)
     add("--learning_rate", type=float, default=2e-3)
     add("--kl_weight", type=float, default=1e-4)

@@ -3,9 +3,13 @@
 The scripts are run from the repository's root, `python -m assets.train_vae`, and go on from their last checkpoint.
 """
 
+import copy
 import json
+import math
 import os
 import signal
+import time
+from functools import cache, cached_property
 from pathlib import Path
 
 import matplotlib
@@ -25,6 +29,16 @@ from common.plots import write_beside
 from common.processes import seeded
 from common.records import settings_of
 from common.teachers import augmentation
+
+
+@cache
+def palette(size=20_000):
+    """Pairs of colours to paint in, the same in every training: words [(foreground, background)] and colours
+    [size, 2, 3] in [0, 1]."""
+    rng = np.random.default_rng(0)
+    pairs = [draw_colours(rng) for _ in range(size)]
+    colours = np.array([pair[2:] for pair in pairs]) / 255
+    return [pair[:2] for pair in pairs], torch.tensor(colours, dtype=torch.float32)
 
 
 class Drawings:
@@ -49,28 +63,50 @@ class Drawings:
     def __len__(self):
         return len(self.facts)
 
-    def paint(self, i, rng):
-        """Drawing `i` in fresh colours, where it is of one colour: (image [3, 32, 32] in [0, 1], its facts)."""
-        if self.facts[i]["style"] == "colour":
-            return self.images[i], self.facts[i]
-        front_word, ground_word, front, ground = draw_colours(rng)
-        front, ground = (torch.tensor(c / 255, dtype=torch.float32)[:, None, None] for c in (front, ground))
-        image = ground + (front - ground) * self.inks[i]
-        return image, self.facts[i] | {"foreground": front_word, "background": ground_word}
+    def to(self, device):
+        self.images, self.inks = self.images.to(device), self.inks.to(device)
+        return self
+
+    @cached_property
+    def paintable(self):
+        """Which drawings are of one colour, bool [N, 1, 1, 1]."""
+        one_colour = [fact["style"] != "colour" for fact in self.facts]
+        return torch.tensor(one_colour, device=self.images.device).view(-1, 1, 1, 1)
+
+    def paint(self, rows, rng, share=1.0):
+        """Drawings `rows`, of which a random `share` is painted in fresh colours where they are of one colour: images
+        [n, 3, 32, 32] in [0, 1], and their facts."""
+        (words, colours), device = palette(), self.images.device
+        picks, fresh = rng.integers(len(words), size=len(rows)), rng.random(len(rows)) < share
+        front, ground = colours[picks].to(device)[..., None, None].unbind(1)
+        rows_there = torch.as_tensor(rows, device=device)
+        painted = ground + (front - ground) * self.inks[rows_there]
+        chosen = self.paintable[rows_there] & torch.as_tensor(fresh, device=device).view(-1, 1, 1, 1)
+        named = [self.facts[i] if self.facts[i]["style"] == "colour" or not new else
+                 self.facts[i] | dict(zip(("foreground", "background"), words[k]))
+                 for i, k, new in zip(rows, picks, fresh)]  # fmt: skip
+        return torch.where(chosen, painted, self.images[rows_there]), named
 
 
 class IconWeb(Drawings):
-    """The drawings of base classes and, after them, those of the file that assets/build_icon_web.py writes."""
+    """Drawings of Icons-FS and, after them, those of the file that assets/build_icon_web.py writes."""
 
-    def __init__(self, path):
-        super().__init__(["base"], ["base"])
+    def __init__(self, path, *pools_and_splits):
+        super().__init__(*pools_and_splits)
         with safe_open(path, "pt") as file:
             names, facts = (json.loads(file.metadata()[key]) for key in ("names", "facts"))
             images, inks, labels = (file.get_tensor(key) for key in ("images", "inks", "labels"))
+        self.facts += [fact | {"class": names[label]} for fact, label in zip(facts, labels.tolist())]
         self.labels = torch.cat([self.labels, labels + len(self.classes)])
-        self.classes, self.facts = self.classes + names, self.facts + facts
+        self.classes = self.classes + names
         self.images = torch.cat([self.images, images.permute(0, 3, 1, 2) / 255])
         self.inks = torch.cat([self.inks, inks[:, None] / 255])
+
+
+def seen_drawings(icon_web=None):
+    """What mini-SD learns from: base classes, the web pool and, if given, the file of the icon web."""
+    pools = ["base", "web"]
+    return IconWeb(icon_web, pools) if icon_web else Drawings(pools)
 
 
 class Pictures:
@@ -85,6 +121,9 @@ class Pictures:
         ]
         self.labels = torch.tensor([label for label, _, _ in references])
         self.augment = augmentation(size, distill.parse_args([]))
+
+    def to(self, device):
+        return self  # opened and augmented on the CPU
 
     @property
     def images(self):
@@ -125,6 +164,36 @@ class Checkpoint:
         return load_checkpoint(self.path, self.settings, **self.stateful)
 
 
+class Clock:
+    """How far a training is, by its steps or, where it has a limit in minutes, by its time, whichever is further.
+
+    Args:
+        args: of it `max_train_steps` and `max_minutes`, which may be None.
+        seconds: what it has taken before it was interrupted.
+    """
+
+    def __init__(self, args, seconds):
+        self.args, self.start = args, time.time() - seconds
+
+    @property
+    def seconds(self):
+        return time.time() - self.start
+
+    def progress(self, step):
+        """From 0 to 1, where `step` steps are done."""
+        by_time = self.seconds / 60 / self.args.max_minutes if self.args.max_minutes else 0
+        return min(1, max(step / self.args.max_train_steps, by_time))
+
+    def learning_rate(self, step, warmup_steps):
+        """As a share of the highest: a linear rise, then half a cosine down to zero."""
+        return min(1, (step + 1) / warmup_steps) * (1 + math.cos(math.pi * self.progress(step))) / 2
+
+
+def accelerator():
+    """The GPU, if there is one, else the CPU."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
 @matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "tint", "font.size": 12})
 def save_plot(path, x_title, y_title, lines, logarithmic=False):
     """An SVG picture of lines {name: [(x, y)]}, always the same for the same lines; logarithmic in x if wished."""
@@ -145,6 +214,7 @@ def save_plot(path, x_title, y_title, lines, logarithmic=False):
 def use_threads(count):
     """Computes with `count` threads that sleep while they wait, so that a training can run beside other work."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    torch.backends.cudnn.benchmark = True
     torch.set_num_threads(count)
 
 
@@ -153,10 +223,57 @@ def rng_of_step(seed, step):
     return np.random.default_rng([seed, step])
 
 
-def moving_average(decay):
-    """The update of torch's AveragedModel to an exponential moving average, which forgets faster at the beginning."""
+class Average:
+    """The exponential moving average of a model's weights, `module`, which forgets faster at the beginning."""
 
-    def update(averaged, current, number):
-        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + float(number)) / (10 + float(number))))
+    def __init__(self, model, decay):
+        self.module, self.decay = copy.deepcopy(model).requires_grad_(False), decay
+        owned = zip(self.module.state_dict().values(), model.state_dict().values())
+        self.averaged, self.current = zip(*[pair for pair in owned if pair[0].is_floating_point()])
 
-    return update
+    @torch.no_grad()
+    def update(self, step):
+        torch._foreach_lerp_(self.averaged, self.current, 1 - min(self.decay, (1 + step) / (10 + step)))
+
+
+def recorded(step, device):
+    """`step`, a function from tensors of unchanging shapes to a tensor; on a GPU as a CUDA graph, since a step of a
+    small network takes longer to launch than to compute. Before it is recorded, it runs three times."""
+    if device.type != "cuda":
+        return step
+    graph, held, result = torch.cuda.CUDAGraph(), [], []
+
+    def play(*tensors):
+        if not held:
+            held.extend(x.clone() for x in tensors)
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    step(*held)
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(graph):
+                result.append(step(*held))
+        for own, x in zip(held, tensors):
+            own.copy_(x)
+        graph.replay()
+        return result[0].clone()
+
+    return play
+
+
+def optimizer(groups, betas, weight_decay, device):
+    """AdamW whose learning rate is a tensor, so that it can change in a recorded step."""
+    rate = torch.tensor(0.0, device=device)
+    return torch.optim.AdamW(
+        groups, rate, betas, weight_decay=weight_decay, fused=True, capturable=device.type == "cuda"
+    )
+
+
+def descend(loss, parameters, optimizer, max_norm):
+    """One step down the gradient of `loss`, whose norm is clipped; returns the loss."""
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    optimizer.step()
+    return loss.detach()

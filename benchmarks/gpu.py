@@ -41,6 +41,8 @@ from common.processes import peak_memory
 from common.records import read_json, write_json
 
 SCALE = 7.5  # the reference's guidance
+HEADER = """| precision | stage | seconds | TFLOP | TFLOP/s | of the matrix rate | peak GiB | images or views a second |
+|---|---|---|---|---|---|---|---|"""
 
 
 def synchronize(device):
@@ -136,43 +138,43 @@ def runtimes(student, support, output_dir, on_gpu):
     return read_json(Path(output_dir) / "benchmark.json")["latency"]
 
 
+def report(results, root, precision, name, units, row):
+    """Adds a stage to the results, of which nothing is lost where a later one fails, and prints its line."""
+    rate, speed = results["matrix_tflop_per_second"][precision], row["tflop"] / row["seconds"]
+    row = {"precision": precision, "stage": name, **row, "units": units, "tflop_per_second": speed,
+           "units_per_second": units / row["seconds"], "share_of_matrix_rate": speed / rate}  # fmt: skip
+    results["stages"].append(row)
+    write_json(root / "gpu.json", results)
+    print(f"| {precision} | {name} | {row['seconds']:.2f} | {row['tflop']:.2f} | {speed:.2f} | {speed / rate:.0%} "
+          f"| {row['peak_gib']:.1f} | {row['units_per_second']:.2f} |", flush=True)  # fmt: skip
+
+
 def main(args):
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     on_gpu, root = device.type == "cuda", Path(args.output_dir)
     card = torch.cuda.get_device_name() if on_gpu else str(device)
     support, model, teacher = write_inputs(args, root)
-    rows, rates = [], {}
+    results = {"card": card, "torch": torch.__version__, "matrix_tflop_per_second": {}, "stages": []}
+    print(f"{card}, PyTorch {torch.__version__}\n\n{HEADER}", flush=True)
     for precision in args.precisions:
         AcceleratorState._reset_state(reset_partial_state=True)  # else Accelerate keeps to the first precision
-        rate = rates[precision] = matrix_rate(args.matrix_side, diffusion.WEIGHT_DTYPE[precision], device)
-        found = {}
+        rate = matrix_rate(args.matrix_side, diffusion.WEIGHT_DTYPE[precision], device)
+        results["matrix_tflop_per_second"][precision], found = rate, {}
         for name, (script, options, units) in stages(args, support, model, teacher, root / precision).items():
             once = partial(run_script, script, [*options, "--mixed_precision", precision], root / precision / name)
             tflop = found["generation"]["tflop"] if "--compile" in options else None
-            found[name] = measured(once, device, tflop) | {"units": units}
+            found[name] = measured(once, device, tflop)
+            report(results, root, precision, name, units, found[name])
         once = reference(model, precision, args.reference_steps, device)
-        found["generation as the reference"] = measured(once, device) | {"units": 1}
-        for name, row in found.items():
-            speed = row["tflop"] / row["seconds"]
-            rows.append({"precision": precision, "stage": name, **row, "tflop_per_second": speed,
-                         "units_per_second": row["units"] / row["seconds"],
-                         "share_of_matrix_rate": speed / rate})  # fmt: skip
+        report(results, root, precision, "generation as the reference", 1, measured(once, device))
     AcceleratorState._reset_state(reset_partial_state=True)
-    results = {"card": card, "torch": torch.__version__, "matrix_tflop_per_second": rates, "stages": rows}
     results["runtimes"] = runtimes(root / args.precisions[0] / "distillation", support, root / "export", on_gpu)
     if args.tests:
         results["tests"] = subprocess.run([sys.executable, "-m", "pytest", *args.tests], check=False).returncode
     write_json(root / "gpu.json", results)
-    print(f"{card}, PyTorch {torch.__version__}: " + ", ".join(f"{k} {v:.1f}" for k, v in rates.items()) + " TFLOP/s\n")
-    print(
-        "| precision | stage | seconds | TFLOP | TFLOP/s | of the matrix rate | peak GiB | images or views a second |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
-    for row in rows:
-        print(f"| {row['precision']} | {row['stage']} | {row['seconds']:.2f} | {row['tflop']:.2f} "
-              f"| {row['tflop_per_second']:.2f} | {row['share_of_matrix_rate']:.0%} | {row['peak_gib']:.1f} "
-              f"| {row['units_per_second']:.2f} |")  # fmt: skip
-    print(f"\nruntimes: {json.dumps(results['runtimes'])}\ntests: {results.get('tests', 'not run')}")
+    rates = ", ".join(f"{k} {v:.1f}" for k, v in results["matrix_tflop_per_second"].items())
+    print(f"\nmatrix products: {rates} TFLOP/s\nruntimes: {json.dumps(results['runtimes'])}")
+    print(f"tests: {results.get('tests', 'not run')}")
 
 
 def parse_args(argv=None):

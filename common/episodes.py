@@ -267,7 +267,8 @@ def leave_group():
     """
     rank = int(os.environ.get("RANK", 0))
     if torch.accelerator.is_available():
-        torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", 0)))
+        local_rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.accelerator.device_count()
+        torch.accelerator.set_device_index(local_rank % count)  # several may share a GPU
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # LOCAL_WORLD_SIZE stays: cores are still shared
         os.environ.pop(name, None)
     return rank

@@ -162,8 +162,8 @@ def test_the_icon_web_leaves_held_out_things_out(tmp_path):
     facts = {"info": {"license": {"spdx": "MIT"}}, "icons": icons}
     (tmp_path / "json" / "set.json").write_text(json.dumps(facts))
     launch("-m", "assets.build_icon_web", "--iconify_dir", tmp_path, "--output_file", tmp_path / "web.safetensors")
-    web = IconWeb(tmp_path / "web.safetensors")
+    web = IconWeb(tmp_path / "web.safetensors", ["base"], ["base"])
     count = len(web) - 10
     assert web.classes == [*icons_fs.load_splits()["base"], "tile"] and web.labels[count:].tolist() == [64] * 10
     assert web.images.shape == (count + 10, 3, 32, 32) and 0.3 < web.inks[count:].mean() < 0.9
-    assert web.paint(count, np.random.default_rng(0))[0].std() > 0.1
+    assert web.paint([count], np.random.default_rng(0))[0].std() > 0.1
