@@ -57,6 +57,7 @@ def command(args, methods):
         *("--num_ways", str(args.num_ways), "--num_shots", str(args.num_shots)),
         *("--num_episodes", str(args.num_episodes), "--output_dir", args.output_dir, "--num_real", str(args.num_real)),
         *("--num_unlabeled", str(args.num_images), "--generate", f"--num_images_per_class {args.num_images}"),
+        *(("--web_dir", args.web_dir) if args.web_dir else ()),
         *("--distill", args.distill, "--methods", *methods),
     ]
 
@@ -108,6 +109,10 @@ def episodes_parser(description, split, num_episodes, output_dir):
     add("--num_episodes", type=positive_int, default=num_episodes, help="episodes")
     add("--num_real", type=positive_int, default=20, help="images of each class held back from the queries for real")
     add("--num_images", type=positive_int, default=60, help="generated or unlabelled images a class")
+    add(
+        "--web_dir",
+        help="what mined images are taken from; default: the drawings of Icons-FS that mini-SD learned from",
+    )
     add("--distill", default="--num_views 2500 --train_batch_size 25", help="options of distill.py for all")
     add("--num_processes", type=positive_int, default=2, help="processes, among which the cores are shared out")
     add("--output_dir", default=output_dir, help="folder to write to")
