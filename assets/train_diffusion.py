@@ -2,10 +2,10 @@
 
     loss = E min(SNR_t, gamma) / SNR_t || eps - eps_theta(z_t, t, tau(caption)) ||^2,   SNR_t = abar_t / (1 - abar_t)
 
-(min-SNR weighting, Hang et al., 2303.09556) over the base classes and the web pool, in fresh colours. A caption names
-the class and, each at random, style and colours: "a filled red icon of a camera on white"; one in ten is empty, for
-classifier-free guidance. The learning rate is constant, then falls to zero over the last fifth of the steps; what is
-kept is an exponential moving average of the weights.
+(min-SNR weighting, Hang et al., 2303.09556) over the base classes, the web pool and, with --icon_web, the icon web, in
+fresh colours. A caption names the class and, each at random, style and colours: "a filled red icon of a camera on
+white"; one in ten is empty, for classifier-free guidance. The learning rate is constant, then falls to zero over the
+last fifth of the steps; what is kept is an exponential moving average of the weights.
 
     python -m assets.train_diffusion --vae outputs/vae --output_dir outputs/mini-sd
 

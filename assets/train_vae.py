@@ -2,8 +2,9 @@
 
     loss = ||x - D(z)||_1 / 2 + 2 ||x - D(z)||_2^2 + w KL(q(z|x) || N(0, I)),   z ~ q(z|x), means over elements
 
-on the base classes and the web pool, in fresh colours, turned left to right and moved a little. The weights kept are
-an exponential moving average. The scaling factor is set so that latents have standard deviation 1.
+on the base classes, the web pool and, with --icon_web, the icon web, in fresh colours, turned left to right and moved a
+little. The weights kept are an exponential moving average. The scaling factor is set so that latents have standard
+deviation 1.
 
     python -m assets.train_vae --output_dir outputs/vae
 """

@@ -65,7 +65,7 @@ def matrix_rate(side, dtype, device):
     return 10 * 2 * side**3 / seconds(lambda: [a @ b for _ in range(10)], device) / 1e12
 
 
-def write_inputs(args, root):
+def write_inputs(args, root, device):
     """Photos of noise, and the models that are not given: (photos, diffusion model, teacher)."""
     rng = np.random.default_rng(0)
     for name in ("house", "tree"):
@@ -75,7 +75,7 @@ def write_inputs(args, root):
             photo.save(root / "support" / name / f"{k}.png")
     torch.manual_seed(0)
     if not args.pretrained_model_name_or_path and not (root / "model" / "model_index.json").is_file():
-        stable_diffusion_1_5("cpu").save_pretrained(root / "model")
+        stable_diffusion_1_5(device).to("cpu").save_pretrained(root / "model")  # a CPU takes minutes for the noise
     if not args.teacher and not (root / "teacher" / "model.safetensors").is_file():
         teacher = timm.create_model("vit_small_patch14_dinov2")
         timm.models.save_for_hf(teacher, root / "teacher", safe_serialization=True)
@@ -153,7 +153,7 @@ def main(args):
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     on_gpu, root = device.type == "cuda", Path(args.output_dir)
     card = torch.cuda.get_device_name() if on_gpu else str(device)
-    support, model, teacher = write_inputs(args, root)
+    support, model, teacher = write_inputs(args, root, device)
     results = {"card": card, "torch": torch.__version__, "matrix_tflop_per_second": {}, "stages": []}
     print(f"{card}, PyTorch {torch.__version__}\n\n{HEADER}", flush=True)
     for precision in args.precisions:
