@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from timm.utils import ModelEmaV3
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
@@ -39,7 +39,7 @@ from common.cli import (
     share,
 )
 from common.images import find_images, list_images, load_image, open_image, require_unseen, with_labels
-from common.memory import LiveBytes, announce, bytes_of, peak_bytes
+from common.memory import announce, batch_bytes
 from common.processes import as_main_sees, cores_of_a_process, generator, seeded, start
 from common.records import blaming, check_settings, fingerprint, read_json, settings_of, whole_file, write_json
 from common.report import TEMPLATES, with_interval
@@ -168,8 +168,9 @@ class Learner(nn.Module):
         return logits, self.projection(torch.cat(seen, -1))
 
 
-def rehearse(student, num_classes, args):
-    """A pass forward and back on noise with a copy of the student. Returns the bytes of activations of a whole batch.
+def needs(teacher, student, num_classes, args):
+    """Passes forward and back on noise with a copy of the student. Returns the modules that training holds, as often as
+    it does, and {what is done: the bytes of activations at its peak} of a batch of views.
 
     Raises:
         UserError: an input size that the student's layers cannot take, batch normalisation of one view, ...
@@ -177,17 +178,22 @@ def rehearse(student, num_classes, args):
     size = models.input_size(student)
     try:
         learner = Learner(copy.deepcopy(student), 1 if args.feature_weight else None).train()
-        views = torch.rand(min(2, args.train_batch_size), 3, *size)
-        with LiveBytes() as live:
-            logits, features = learner(views)
+        for parameter in learner.parameters():
+            parameter.grad = torch.zeros_like(parameter)  # no activation
+
+        def learn(count):
+            logits, features = learner(torch.rand(count, 3, *size))
             if logits.shape[1:] != (num_classes,):
                 raise ValueError(f"its answers have the shape {list(logits.shape)}")
             (logits.sum() + (features.sum() if args.feature_weight else 0)).backward()
-        return max(0, live.peak - bytes_of(learner)) * args.train_batch_size / len(views)
+
+        parts = {"training (--train_batch_size)": batch_bytes(learn, args.train_batch_size)}
     except Exception as error:  # a network raises any kind
         views = f"{args.train_batch_size} views a batch of {size[0]}x{size[1]} pixels"
         raise UserError(f"--student {args.student} cannot be trained on {views} ({error}): give another "
                         "--student_image_size, --train_batch_size or --student.") from error  # fmt: skip
+    parts["the teacher (--train_batch_size)"] = models.answering_bytes(teacher, args.train_batch_size)
+    return [teacher, *[student] * (5 if args.ema_decay else 4)], parts  # gradients, AdamW's two moments, the average
 
 
 def list_others(args):
@@ -235,8 +241,7 @@ def train(student, teacher, views, args, accelerator, settings):
     optimizer = torch.optim.AdamW(learner.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
     state = {"learner": learner, "optimizer": optimizer}
     if args.ema_decay:
-        average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay), use_buffers=True)
-        state["average"] = average
+        state["average"] = average = ModelEmaV3(student, args.ema_decay)
     facts = load_checkpoint(checkpoint, settings, accelerator, **state) or {"step": 0, "sums": [0, 0], "curve": []}
     with blaming(checkpoint):  # which may be of a version with facts of another form
         first_step, sums = int(facts["step"]), [float(x) for x in facts["sums"]]
@@ -274,7 +279,7 @@ def train(student, teacher, views, args, accelerator, settings):
             agreement = (logits.argmax(-1) == teacher_logits.argmax(-1)).float().mean()
             sums += torch.stack([loss.detach(), agreement]) / args.gradient_accumulation_steps
         if args.ema_decay:
-            average.update_parameters(student)
+            average.update(student, step + 1)
 
         saves = (step + 1) % args.checkpointing_steps == 0 and step + 1 < args.max_train_steps
         shows = (step + 1) % interval == 0 or step + 1 == args.max_train_steps
@@ -359,10 +364,7 @@ def main(args):
 
     teacher = load_teacher(args, map(open_image, paths), labels, accelerator.device)
     student, is_trained = models.load_student(args, classes)
-    batch = rehearse(student, len(classes), args)
-    view = torch.zeros(1, 3, *models.input_size(teacher), device=accelerator.device)
-    parts = {"training (--train_batch_size)": batch, "the teacher": args.train_batch_size * peak_bytes(teacher, view)}
-    announce([teacher, *[student] * 4], parts, accelerator.device)  # with gradients and AdamW's two moments
+    announce(*needs(teacher.model, student, len(classes), args), accelerator.device)
     if is_trained:
         supports = torch.stack([load_image(path, models.input_size(student)[0]) for path in paths])
         imprint(student, supports, labels, args.teacher_scale)

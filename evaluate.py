@@ -41,6 +41,7 @@ from common import datasets, episodes, models, planning, statistics
 from common.cli import UserError, argument_parser, named_paths, non_negative, positive, positive_int, run, share
 from common.generated import evaluate_generated
 from common.images import count_supports, list_images, load_image, with_labels
+from common.memory import announce
 from common.processes import start
 from common.records import provenance, write_json
 from common.report import data_uri, generated_table, points, with_interval, write_report
@@ -65,17 +66,19 @@ def load_classifier(path, classes, args, device):
         require(classes, model.classes, path, args.data_dir)
         return model, model.classes, models.input_size(model)[0], "head"
     names = models.class_names(path) or []
-    if set(classes) & set(names) and not by_prototypes:
+    by_prototypes = by_prototypes or not set(classes) & set(names)
+    if not by_prototypes:
         hint = f" Remove their folders, or say prototypes:{path} to classify by prototypes of --support_dir."
         require(classes, names, path, args.data_dir, hint)
-        model = models.load_model(path).to(device)
-        return models.with_head(model), names, models.input_size(model)[0], "head"
-    if not args.support_dir:
+    elif not args.support_dir:
         raise UserError(
             f"{path} does not know the classes of {args.data_dir}: give --support_dir, to classify by prototypes."
         )
-    model = models.load_model(path, image_size=args.teacher_image_size).to(device)
-    classifier, names = models.of_supports(model, args.support_dir)
+    model = models.load_model(path, image_size=args.teacher_image_size if by_prototypes else None).to(device)
+    announce([model], {f"{path} (--batch_size)": models.answering_bytes(model, args.batch_size)}, device)
+    if not by_prototypes:
+        return models.with_head(model), names, models.input_size(model)[0], "head"
+    classifier, names = models.of_supports(model, args.support_dir, batch_size=args.batch_size)
     require(classes, names, args.support_dir, args.data_dir)
     return classifier, names, models.input_size(model)[0], "prototypes"
 
@@ -140,17 +143,12 @@ def summarise(predictions, confidences, labels, classes, names, paths, num_worst
         "ece": ece,
         "calibration": bins,
         "worst": [
-            {
-                "file": "/".join(paths[i].parts[-2:]),
-                "truth": classes[labels[i]],
-                "answer": names[predictions[i]],
-                "confidence": confidences[i].item(),
-                "image": data_uri(load_image(paths[i])),
-            }
+            {"file": "/".join(paths[i].parts[-2:]), "truth": classes[labels[i]], "answer": names[predictions[i]],
+             "confidence": confidences[i].item(), "image": data_uri(load_image(paths[i]))}
             for i in wrong[:num_worst]
         ],
         "correct": correct.int().tolist(),
-    }
+    }  # fmt: skip
 
 
 def evaluate_folder(args, accelerator):
@@ -164,6 +162,7 @@ def evaluate_folder(args, accelerator):
         classifier, names, size, kind = load_classifier(path, classes, args, accelerator.device)
         answers = predict(classifier, len(names), paths, size, args, accelerator)
         methods[name] = {"classifier": kind} | summarise(*answers, labels, classes, names, paths)
+        del classifier  # before the next is there
     pairs = []
     for a, b in statistics.pairs_of(methods):
         mean, *interval = statistics.paired_difference(methods[a]["correct"], methods[b]["correct"])

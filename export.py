@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from common import models
 from common.cli import UserError, argument_parser, note, positive_int, refusing, run
 from common.images import as_tensor, count_supports, load_folder
+from common.memory import announce
 from common.preprocessing import CentralSquare, WithPreprocessing
 from common.processes import start
 from common.quantization import convert_int8
@@ -48,14 +49,9 @@ def export_graph(module, example, output, dynamic_shapes):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of its own internals
         program = torch.onnx.export(
-            module.eval(),
-            (example,),
-            dynamo=True,
-            input_names=["images"],
-            output_names=[output],
-            dynamic_shapes=(dynamic,) if dynamic else None,
-            verbose=False,
-        )
+            module.eval(), (example,), dynamo=True, input_names=["images"], output_names=[output],
+            dynamic_shapes=(dynamic,) if dynamic else None, verbose=False,
+        )  # fmt: skip
     return program.model_proto
 
 
@@ -101,21 +97,15 @@ def metadata(model, classes, args, precision, any_size):
     facts = {
         "classes": classes,
         "preprocessing": {
-            "orientation": "upright, as EXIF or XMP say",
-            "background": "white",
-            "color_order": "RGB",
-            "crop": "central square",
-            "interpolation": "bicubic, antialiased",
-            "input_size": [3, *size],
-            "range": [0, 1],
-            "mean": config["mean"],
-            "std": config["std"],
+            "orientation": "upright, as EXIF or XMP say", "background": "white", "color_order": "RGB",
+            "crop": "central square", "interpolation": "bicubic, antialiased", "input_size": [3, *size],
+            "range": [0, 1], "mean": config["mean"], "std": config["std"],
         },
         "includes_preprocessing": bool(args.include_preprocessing),
         "image_size": None if any_size else list(size),
         "batch_size": args.batch_size,
         "int8_for_tensorrt": precision == "int8_tensorrt",
-    }
+    }  # fmt: skip
     return {name: json.dumps(value) for name, value in facts.items()} | {"source": str(args.model)}
 
 
@@ -124,11 +114,8 @@ def compare(reference, other, labels=None):
     labels [N] are known, accuracy, and its change with the 95% interval of paired answers."""
     difference = (reference - other).abs()
     before, after = reference.argmax(-1), other.argmax(-1)
-    facts = {
-        "max_abs_diff": difference.max().item(),
-        "mean_abs_diff": difference.mean().item(),
-        "top1_agreement": (before == after).double().mean().item(),
-    }
+    facts = {"max_abs_diff": difference.max().item(), "mean_abs_diff": difference.mean().item()}
+    facts["top1_agreement"] = (before == after).double().mean().item()
     if labels is not None:
         mean, low, high = paired_difference((after == labels).int().tolist(), (before == labels).int().tolist())
         facts["accuracy"] = accuracy(after == labels)
@@ -266,6 +253,11 @@ def main(args):
     output_dir.mkdir(parents=True, exist_ok=True)
     before = written(output_dir)
     images, queries, labels = read_images(args, model, classes)
+    largest = max([args.batch_size or 16, *(args.benchmark_batch_sizes if args.benchmark else [])])
+    networks = {"the student": model} | ({"the teacher": teacher} if teacher else {})
+    held = images.nbytes + sum(x.nbytes for x in {images, queries}) if device == cpu else 0
+    parts = {f"{name}, {largest} images": held + models.answering_bytes(x, largest) for name, x in networks.items()}
+    announce([*networks.values()], parts, device)
     student = Student(model, classes, write_onnx(model, classes, args, images), images, output_dir, device, args)
     if args.web:
         graph = of_any_size(export_fp32(model), models.input_size(model))
@@ -312,16 +304,12 @@ def main(args):
         note(f"{path} is of an earlier export, and stays as it is")
     results = {
         "kind": "export",
-        "verdict": verdict(fidelity),
-        "num_images": len(queries),
-        "fidelity": fidelity,
-        "latency": timings,
-        "accuracy": accuracies,
-        "flops": flops,
+        "verdict": verdict(fidelity), "num_images": len(queries), "fidelity": fidelity, "latency": timings,
+        "accuracy": accuracies, "flops": flops,
         "bytes": {path.relative_to(output_dir).as_posix(): path.stat().st_size for path in made},
         "machine": f"{device.type}, {os.cpu_count()} cores",
         **provenance(args, vars(args)),
-    }
+    }  # fmt: skip
     write_json(output_dir / "benchmark.json", results)
     for name in ("report.html", "benchmark.md"):
         write_report(output_dir / name, results)
@@ -338,41 +326,23 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--model", default="outputs/demo/student", help="the student's folder")
     add("--precision", nargs="+", choices=PRECISIONS, default=["fp32"], help="ONNX files to write")
-    add(
-        "--runtime",
-        nargs="+",
-        choices=list(RUNTIMES),
-        default=["torch", "onnxruntime"],
-        help="what the student is compared and timed in; aotinductor also makes student.pt2, for the C++ program, "
-        "tensorrt student.engine, from the last of --precision, and executorch student_fp32.pte and student_int8.pte",
-    )
+    add("--runtime", nargs="+", choices=list(RUNTIMES), default=["torch", "onnxruntime"], help="what the student is "
+        "compared and timed in; aotinductor also makes student.pt2, for the C++ program, tensorrt student.engine, from "
+        "the last of --precision, and executorch student_fp32.pte and student_int8.pte")  # fmt: skip
     add("--data_dir", help="generated images, which int8 is calibrated with")
     add("--query_dir", help="labelled images to check answers on; default: those calibrated with, or random numbers")
-    add(
-        "--include_preprocessing",
-        nargs="?",
-        choices=["any_size", "model_size"],
-        const="any_size",
-        help="in the graph: uint8 images [batch, height, width, 3] in, probabilities out. Images are of any size and "
-        "resized there, which int8_tensorrt leaves out; or all of the model's input size",
-    )
-    add(
-        "--web",
-        nargs="?",
-        const=PACKAGE,
-        metavar="PACKAGE",
-        help="also write a page for browsers, with the npm package onnxruntime-web from this folder or, where none is "
-        f"given, {PACKAGE}; where that does not exist, the page loads it from a CDN",
-    )
+    add("--include_preprocessing", nargs="?", choices=["any_size", "model_size"], const="any_size", help="in the "
+        "graph: uint8 images [batch, height, width, 3] in, probabilities out. Images are of any size and resized "
+        "there, which int8_tensorrt leaves out; or all of the model's input size")  # fmt: skip
+    add("--web", nargs="?", const=PACKAGE, metavar="PACKAGE", help="also write a page for browsers, with the npm "
+        f"package onnxruntime-web from this folder or, where none is given, {PACKAGE}; where that does not exist, the "
+        "page loads it from a CDN")  # fmt: skip
     add("--num_samples", type=positive_int, default=512, help="at most so many of --data_dir, evenly spaced")
     add("--benchmark", action="store_true", help="time the models")
     add("--num_threads", type=positive_int, nargs="+", help="numbers of CPU threads to time with; default: PyTorch's")
     add("--teacher", help="a teacher to time beside the student")
-    add(
-        "--support_dir",
-        help="the student's photos: int8 is calibrated with them too, and their prototypes are the teacher's classes "
-        "where its accuracy on --query_dir is measured",
-    )
+    add("--support_dir", help="the student's photos: int8 is calibrated with them too, and their prototypes are the "
+        "teacher's classes where its accuracy on --query_dir is measured")  # fmt: skip
     add("--teacher_image_size", type=positive_int, help="the teacher's input side; default: its own")
     add("--batch_size", type=positive_int, help="a fixed batch size of the ONNX files; default: any")
     add("--benchmark_batch_sizes", type=positive_int, nargs="+", default=[1], help="batch sizes to time")

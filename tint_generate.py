@@ -268,6 +268,12 @@ def write_images(k, rows, images, finished, args):
     write_json_lines(output_dir / ROWS / f"{mark}.jsonl", rows)
 
 
+def activations(pipe, resolution, count):
+    """{what is done: the bytes of activations at its peak} of `count` images that are made together."""
+    denoising = 2 * count * diffusion.bytes_of_a_latent(pipe, resolution)
+    return {"denoising (--batch_size)": denoising, "decoding": diffusion.decoding_bytes(pipe, resolution, count)}
+
+
 def main(args):
     check_arguments(args)
     accelerator = start(args)
@@ -326,9 +332,7 @@ def main(args):
     steps = len(schedule.timesteps) * sum(len(chunk) for _, chunk in mine)
     bar = tqdm(total=steps, desc=f"generating {new} images", unit="step", disable=not accelerator.is_local_main_process)
     if mine:
-        one, batch = (f(pipe, inverted["resolution"]) for f in (diffusion.decoding_bytes, diffusion.bytes_of_a_latent))
-        decoding = max(one, min(diffusion.VAE_BYTES, args.batch_size * one))
-        parts = {"denoising (--batch_size)": 2 * args.batch_size * batch, "decoding": decoding}
+        parts = activations(pipe, inverted["resolution"], min(args.batch_size, max(len(chunk) for _, chunk in mine)))
         announce([pipe.unet, pipe.vae, pipe.text_encoder], parts, device)
     if args.compile:
         pipe.unet = torch.compile(pipe.unet)

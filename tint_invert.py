@@ -338,21 +338,37 @@ def read_templates(args):
     return lines
 
 
-def main(args):
-    accelerator = start(args)
-    classes = list_images(args.support_dir)
-    require_distinct_words(classes)
-    args.prompt_templates = read_templates(args)
-    pipe = diffusion.load_stable_diffusion(
-        args.pretrained_model_name_or_path, accelerator.device, accelerator.mixed_precision, args.revision, args.variant
-    )
-    upscaler = None if args.upscaler == "bicubic" else load_upscaler(args.upscaler, accelerator.device)
+def load_model(args, device, precision):
+    """The model to invert into; --resolution is its own unless given."""
+    model = args.pretrained_model_name_or_path
+    pipe = diffusion.load_stable_diffusion(model, device, precision, args.revision, args.variant)
     switch = "enable" if args.gradient_checkpointing else "disable"
     getattr(pipe.unet, f"{switch}_gradient_checkpointing")()
     if args.resolution is None:
         args.resolution = pipe.unet.config.sample_size * pipe.vae_scale_factor
     if args.resolution % pipe.vae_scale_factor:
         raise UserError(f"--resolution {args.resolution}: this model takes multiples of {pipe.vae_scale_factor}.")
+    return pipe
+
+
+def activations(pipe, num_classes, num_images, args):
+    """{what is done: the bytes of activations at its peak}, so many classes of so many images in all together."""
+    asked, trained = (diffusion.bytes_of_a_latent(pipe, args.resolution, grad) for grad in (False, True))
+    return {
+        "textual inversion (--train_batch_size)": num_classes * args.train_batch_size * trained,
+        "its validation (--validation_samples)": num_classes * args.validation_samples * asked,
+        "null-text inversion (--null_text_batch_size)": min(args.null_text_batch_size, num_images) * trained,
+        "the VAE": diffusion.decoding_bytes(pipe, args.resolution),
+    }
+
+
+def main(args):
+    accelerator = start(args)
+    classes = list_images(args.support_dir)
+    require_distinct_words(classes)
+    args.prompt_templates = read_templates(args)
+    pipe = load_model(args, accelerator.device, accelerator.mixed_precision)
+    upscaler = None if args.upscaler == "bicubic" else load_upscaler(args.upscaler, accelerator.device)
     schedule = diffusion.make_schedule(pipe.scheduler, args.num_inference_steps)
     if args.min_timestep >= pipe.scheduler.config.num_train_timesteps:
         raise UserError(f"--min_timestep {args.min_timestep}: the model's timesteps end before.")
@@ -366,13 +382,7 @@ def main(args):
     groups = share_out(batches(root, new, settings, args, accelerator.num_processes), accelerator)
     done = share_out(done, accelerator)
     if groups:
-        asked, trained = (diffusion.bytes_of_a_latent(pipe, args.resolution, grad) for grad in (False, True))
-        parts = {
-            "textual inversion (--train_batch_size)": len(groups[0]) * args.train_batch_size * trained,
-            "its validation (--validation_samples)": len(groups[0]) * args.validation_samples * asked,
-            "null-text inversion (--null_text_batch_size)": args.null_text_batch_size * trained,
-            "the VAE": diffusion.decoding_bytes(pipe, args.resolution),
-        }
+        parts = activations(pipe, max(map(len, groups)), max(sum(len(classes[n]) for n in g) for g in groups), args)
         announce([pipe.unet, pipe.vae, pipe.text_encoder], parts, accelerator.device)
     for names in groups:
         invert_classes(names, classes, None, settings, pipe, schedule, upscaler, args, accelerator)

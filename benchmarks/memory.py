@@ -3,8 +3,9 @@
     python -m benchmarks.memory
 
 The networks are built from their public configurations, of fake tensors, which have shapes and no numbers, and the
-project's own functions run on them: counted are the weights, and the activations at the peak, as in common/memory.py.
-A card has a tenth and a GiB less to give than it says: CUDA itself, scratch memory of its libraries, and gaps.
+project's own functions run on them; classifiers are counted at work. Counted are the weights, and the activations at
+the peak, as in common/memory.py. A card has a tenth and a GiB less to give than it says: CUDA itself, scratch memory of
+its libraries, and gaps.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import distill
 from benchmarks.flops import stable_diffusion_1_5
 from common import diffusion, models
 from common.cli import HelpFormatter, positive_int, run
-from common.memory import bytes_of, peak_bytes
+from common.memory import bytes_of
 
 GIB = 2**30
 
@@ -46,34 +47,26 @@ def diffusion_rows(pipe, resolution):
 
 def distillation_row(teacher, student):
     """The same of a teacher and a student, in full precision."""
-    learner = distill.Learner(student).train()
-
-    def ask(count):
-        with torch.no_grad():
-            models.features(teacher, torch.zeros(count, 3, *models.input_size(teacher)))
-
-    def learn(count):
-        learner(torch.zeros(count, 3, *models.input_size(student)))[0].sum().backward()
-        learner.zero_grad()
-
-    one = max((peak_bytes(work, 16) - peak_bytes(work, 8)) / 8 for work in (ask, learn))
-    return "`distill.py --mixed_precision no`: `--train_batch_size`", bytes_of(teacher) + 4 * bytes_of(student), one
+    args = distill.parse_args([])
+    modules, parts = distill.needs(teacher, student, student.num_classes, args)
+    one = max(parts.values()) / args.train_batch_size
+    return "`distill.py --mixed_precision no`: `--train_batch_size`", bytes_of(*modules), one
 
 
 def main(args):
     torch.set_num_threads(args.num_threads)
-    classifiers = [models.load_model(name, pretrained=False) for name in (args.teacher, args.student)]
+    distilling = distillation_row(*(models.load_model(name, pretrained=False) for name in (args.teacher, args.student)))
     with FakeTensorMode(allow_non_fake_inputs=True):
-        rows = [distillation_row(*classifiers)]
         pipe = stable_diffusion_1_5("cpu")
-        rows = [*diffusion_rows(pipe, args.resolution), *rows]
-    decoding = diffusion.decoding_bytes(pipe, args.resolution)
+        rows = [*diffusion_rows(pipe, args.resolution), distilling]
+    alone = diffusion.decoding_bytes(pipe, args.resolution)
+    several = diffusion.decoding_bytes(pipe, args.resolution, math.inf)
     cards = "".join(f" {gigabytes} GB |" for gigabytes in args.gigabytes)
     print(f"| settings: largest batch | GiB of weights | GiB for each |{cards}")
     print("|---|---|---|" + "---|" * len(args.gigabytes))
     for name, weights, one in rows:
         free = [0.9 * gigabytes * 1e9 - GIB - weights for gigabytes in args.gigabytes]
-        decoded = [x // decoding if "generate" in name and x < diffusion.VAE_BYTES else math.inf for x in free]
+        decoded = [x // alone if "generate" in name and x < several else math.inf for x in free]
         fits = "".join(f" {max(0, int(min(x // one, most)))} |" for x, most in zip(free, decoded))
         print(f"| {name} | {weights / GIB:.2f} | {one / GIB:.3f} |{fits}")
 

@@ -81,8 +81,9 @@ class InkMap(nn.Module):
     """
 
     def forward(self, x):
-        border = torch.cat([x[:, :, 0], x[:, :, -1], x[:, :, :, 0], x[:, :, :, -1]], 2).median(2).values
-        distance = ((x - border[..., None, None]) ** 2).sum(1, keepdim=True).add(1e-6).sqrt()
+        border = torch.cat([x[:, :, 0], x[:, :, -1], x[:, :, :, 0], x[:, :, :, -1]], 2)
+        median = border.sort(2).values[:, :, (border.shape[2] - 1) // 2]  # `median` has no deterministic form on GPUs
+        distance = ((x - median[..., None, None]) ** 2).sum(1, keepdim=True).add(1e-6).sqrt()
         return distance / distance.amax((1, 2, 3), keepdim=True).clamp_min(0.1)
 
 

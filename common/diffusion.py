@@ -140,10 +140,11 @@ def decode_latents(pipe, latents):
     return (images / 2 + 0.5).clamp(0, 1)
 
 
-def decoding_bytes(pipe, side):
-    """The bytes of activations while one image of `side` pixels is decoded: at the peak there are three maps of full
-    size, in float32, of the channels of the last block but one."""
-    return 3 * 4 * pipe.vae.config.block_out_channels[:2][-1] * side**2
+def decoding_bytes(pipe, side, count=1):
+    """The bytes of activations while `count` images of `side` pixels are decoded, as many at once as VAE_BYTES allow:
+    of each there are, at the peak, three maps of full size, in float32, of the channels of the last block but one."""
+    one = 3 * 4 * pipe.vae.config.block_out_channels[:2][-1] * side**2
+    return one * max(1, min(count, VAE_BYTES // one))
 
 
 def token_ids(pipe, prompts):

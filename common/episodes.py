@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from common import datasets, models, planning, statistics
 from common.cli import UserError, words_of
 from common.images import as_tensor
+from common.memory import announce, bytes_of
 from common.other_images import load_pool, other_images
 from common.processes import stopwatch
 from common.records import blaming, check_settings, digest, fingerprint, provenance, read_json, settings_of, write_json
@@ -217,14 +218,42 @@ def is_done(record, queries):
     return bool(record) and all(len(record["correct"].get(name, [])) >= len(drawn) for name, drawn in queries.items())
 
 
-def run_episode(index, arms, dataset, args, device):
-    """What is not done yet of one episode: for each arm, which queries of each class it answers rightly."""
+def announce_arms(arms, stages, args, accelerator):
+    """Says what memory the arms take, one after the other, beside a diffusion model, which stays."""
+    kept, parts = [], {}
+    for arm in arms:
+        options, found = Namespace(**vars(arm.arguments["distill"]) | {"seed": args.seed}), {}
+        if "invert" in arm.arguments:
+            inversion = Namespace(**vars(arm.arguments["invert"]))  # which gets the model's own resolution
+            pipe = stages["invert"].load_model(inversion, accelerator.device, accelerator.mixed_precision)
+            kept = max(kept, [pipe.unet, pipe.vae, pipe.text_encoder], key=lambda modules: bytes_of(*modules))
+            ways, made = min(inversion.class_batch_size, args.num_ways), arm.arguments["generate"]
+            found |= stages["invert"].activations(pipe, ways, ways * args.num_shots, inversion)
+            count = min(made.batch_size, made.num_images_per_class)
+            found |= stages["generate"].activations(pipe, inversion.resolution, count)
+        if arm.method != "prototypes":
+            teacher = models.load_model(options.teacher, True, options.teacher_image_size, options.teacher_checkpoint)
+        labels = [str(label) for label in range(args.num_ways)]
+        student = teacher if arm.method == "teacher" else models.load_student(options, labels)[0]
+        if arm.method not in PARTS:
+            modules, learning = stages["distill"].needs(teacher, student, args.num_ways, options)
+            found |= {what: bytes_of(*modules) + count for what, count in learning.items()}
+        count = min(args.batch_size, args.num_queries or args.batch_size)
+        found["queries (--batch_size)"] = bytes_of(student) + models.answering_bytes(student, count)
+        parts |= {f"{arm.name}: {what}": count for what, count in found.items()}
+    announce(kept, parts, accelerator.device)
+
+
+def run_episode(index, arms, dataset, args, device, say_needs):
+    """What is not done yet of one episode: for each arm, which queries of each class it answers rightly. `say_needs`
+    is called before the first of them."""
     folder = episode_folder(index, args)
     supports, queries = draw(index, arms, dataset, args)
     for arm in arms:
         record = read_record(folder, arm)
         if is_done(record, queries):
             continue
+        say_needs()
         if arm.keys and not (folder / "support").is_dir():
             datasets.write_images(dataset, supports, folder / "support")
         seed = args.seed * 1_000_000 + index  # each episode has noise of its own
@@ -239,6 +268,7 @@ def run_episode(index, arms, dataset, args, device):
                     answers = classifier(images.to(device)).argmax(-1)
                 correct[name] += (answers == label).int().tolist()
                 new += len(part)
+        del classifier  # before the next arm's scripts begin
         seconds["query"] = (time.perf_counter() - before) / new
         write_json(folder / f"result-{arm.key}.json", {"correct": correct, "seconds": seconds})
 
@@ -365,12 +395,14 @@ def evaluate_episodes(args, stages, accelerator, rank=0):
     if not check_settings(record, identity):
         write_json(record, {"settings": identity})
 
+    say_needs = cache(partial(announce_arms, arms, stages, args, accelerator))
+
     def run(stage):
         """This process's share of a stage, whose options are returned."""
         now = Namespace(**vars(args) | stage)
         for index in tqdm(range(now.num_episodes), desc="episodes", disable=rank > 0):
             with suppress(Timeout), FileLock(episode_folder(index, args) / ".lock", timeout=0):
-                run_episode(index, arms, dataset, now, accelerator.device)
+                run_episode(index, arms, dataset, now, accelerator.device, say_needs)
         return now
 
     if args.half_width is None:

@@ -7,6 +7,7 @@ import torch
 from common import models, statistics
 from common.cli import UserError, named_paths
 from common.images import as_tensor
+from common.memory import announce
 from common.records import provenance
 from common.shards import open_samples
 
@@ -93,7 +94,9 @@ def evaluate_generated(args, accelerator):
     if not args.support_dir:
         raise UserError("--generated_dir needs --support_dir, the images that they were generated from.")
     model = models.load_model(args.teacher, image_size=args.teacher_image_size).to(accelerator.device)
-    teacher, classes = models.of_supports(model, args.support_dir)
+    parts = {"the teacher (--batch_size)": models.answering_bytes(model, args.batch_size)}
+    announce([model], parts, accelerator.device)
+    teacher, classes = models.of_supports(model, args.support_dir, batch_size=args.batch_size)
     support_f, answers, labels, _ = embed(args.support_dir, teacher, classes, args.batch_size)
     support = support_f, labels
     real = {"supports": specificity_and_diversity(support_f, answers, labels, *support)}

@@ -39,6 +39,14 @@ def peak_bytes(function, *args):
     return live.peak
 
 
+def batch_bytes(function, count):
+    """`peak_bytes` of a function of a batch's size, for `count`: in a straight line from what it takes for one or two,
+    and for twice as many."""
+    few = min(2, count)
+    less, more = (peak_bytes(function, size) for size in (few, 2 * few))
+    return less + (count - few) * (more - less) / few
+
+
 def bytes_of(*modules):
     """The bytes of modules' parameters and buffers."""
     return sum(x.nbytes for module in modules for x in [*module.parameters(), *module.buffers()])

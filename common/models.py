@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from common import architectures, statistics
 from common.cli import UserError, refusing
 from common.images import load_folder
+from common.memory import batch_bytes
 from common.records import blaming, fingerprint, read_json, save_tensors, whole_file
 
 PICKLE = ValueError("its weights are a pickle file, and only safetensors are read.")
@@ -218,16 +219,24 @@ def accuracy_on(folder, classifier, size, classes):
     return statistics.accuracy(answers(classifier, images, f"classifying {folder}").argmax(-1) == labels)
 
 
+@torch.no_grad()
+def answering_bytes(model, count):
+    """The bytes that `count` images and their activations take at the peak, where the model is."""
+    shape, device = (3, *input_size(model)), next(model.parameters()).device
+    return batch_bytes(lambda size: features(model, torch.zeros(size, *shape, device=device)), count)
+
+
 @torch.inference_mode()
 def answers(function, images, title, batch_size=16):
     """What a function of images [B, 3, h, w] gives for all [N, 3, h, w], with a bar of that title."""
     return torch.cat([function(batch) for batch in tqdm(images.split(batch_size), desc=title, unit="batch")])
 
 
-def of_supports(model, folder, classes=None):
+def of_supports(model, folder, classes=None, batch_size=64):
     """A `PrototypeClassifier` of a folder of supports, and its classes."""
     supports, labels, classes, _ = load_folder(folder, input_size(model)[0], classes)
-    return PrototypeClassifier(model, supports.to(next(model.parameters()).device), labels), classes
+    supports = supports.to(next(model.parameters()).device)
+    return PrototypeClassifier(model, supports, labels, batch_size=batch_size), classes
 
 
 def cosine_prototypes(f, labels):
@@ -262,15 +271,15 @@ class PrototypeClassifier(nn.Module):
     Args:
         model: timm model; its classifier is not used.
         images, labels: supports [S, 3, H, W] in [0, 1] and their classes [S], each of 0..num_classes-1 at least once.
-        scale: the inverse softmax temperature of cosine similarities.
+        scale: the inverse softmax temperature of cosine similarities. batch_size: supports that are seen together.
     """
 
-    def __init__(self, model, images, labels, scale=10.0):
+    def __init__(self, model, images, labels, scale=10.0, batch_size=64):
         super().__init__()
         self.model, self.scale = model.eval(), scale
         self.pretrained_cfg = model.pretrained_cfg
         with torch.no_grad():
-            f = torch.cat([features(model, batch) for batch in images.split(64)])
+            f = torch.cat([features(model, batch) for batch in images.split(batch_size)])
             center, prototypes = cosine_prototypes(f, labels)
         self.register_buffer("center", center)
         self.register_buffer("prototypes", prototypes)

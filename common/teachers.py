@@ -114,15 +114,10 @@ def specialise(model, supports, labels, kind, scale, augment, steps=50, held_out
 def augmentation(size, args):
     """What makes a view [3, size, size] in [0, 1] of a PIL image: colours, random resized crop, mirroring."""
     jitter = args.color_jitter
-    return v2.Compose(
-        [
-            v2.ColorJitter(jitter, jitter, jitter, min(0.5, jitter / 4)),
-            v2.RandomResizedCrop(size, scale=(args.min_crop, 1.0), antialias=True),
-            v2.RandomHorizontalFlip(args.flip_probability),
-            v2.ToImage(),
-            v2.ToDtype(torch.float32, scale=True),
-        ]
-    )
+    colors = v2.ColorJitter(jitter, jitter, jitter, min(0.5, jitter / 4))
+    crop = v2.RandomResizedCrop(size, scale=(args.min_crop, 1.0), antialias=True)
+    flip = v2.RandomHorizontalFlip(args.flip_probability)
+    return v2.Compose([colors, crop, flip, v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
 
 
 def for_views(image, size, args):

@@ -11,6 +11,14 @@ aten = torch.ops.aten
 DEVICE = torch.device("meta")
 ASK = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default}
 
+REFUSED = {  # on a GPU, where torch.use_deterministic_algorithms is on: see its documentation
+    aten.median.dim, aten.nanmedian.dim, aten.kthvalue.default, aten.histc.default, aten.bincount.default,
+    aten.put_.default, aten._adaptive_avg_pool2d_backward.default, aten.adaptive_max_pool2d_backward.default,
+    aten.upsample_bilinear2d_backward.default, aten.upsample_bicubic2d_backward.default,
+    aten._upsample_bilinear2d_aa_backward.default, aten._upsample_bicubic2d_aa_backward.default,
+    aten.reflection_pad2d_backward.default, aten.grid_sampler_2d_backward.default, aten.nll_loss2d_forward.default,
+}  # fmt: skip
+
 
 class Remote(torch.Tensor):
     """A tensor on the device, whose numbers are those of `near`."""
@@ -61,6 +69,7 @@ class Traffic(TorchDispatchMode):
             self.counts["to_host"] += not there and bool(remote)
         elif remote:
             assert not any(x.dim() for x in local), f"{function}: tensors of both kinds"
+            assert function not in REFUSED, f"{function} has no deterministic algorithm on a GPU"
             by_mask = function is aten.index.Tensor and any(x.dtype == torch.bool for x in remote[1:])
             self.counts["asked"] += function in ASK or by_mask
         wrappers = {id(x.near): x for x in remote}

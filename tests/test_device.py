@@ -14,10 +14,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader
 
 import distill
+import evaluate
+import export
 import tint_invert
 from benchmarks import gpu
+from benchmarks import memory as table
 from benchmarks.flops import stable_diffusion_1_5
-from common import diffusion, memory, models, teachers
+from common import diffusion, episodes, generated, memory, models, teachers
 from common.processes import cores_of_a_process
 from common.words import add_new_words
 from tests.device import DEVICE, Traffic, move
@@ -105,8 +108,21 @@ def pictures(count):
     return [(Image.effect_noise((20, 20), 50 + 9 * i).convert("RGB"), i % 2) for i in range(count)]
 
 
-def test_distillation_waits_for_its_curve_alone(tmp_path):
+@pytest.mark.parametrize("name", ["assets/teacher", "conv4_64", "resnet12"])
+def test_classifiers_have_deterministic_algorithms_on_gpus(name):
+    """As the device's `REFUSED` have none. Forward and back, as a teacher is fine-tuned and a student learns."""
+    model = move(models.load_model(name, pretrained=name.startswith("assets")).train())
+    images = move(torch.rand(2, 3, *models.input_size(model)))
+    with Traffic():
+        models.features(model, images).sum().backward()
+    with Traffic(), pytest.raises(AssertionError, match="no deterministic"):
+        images.median(2)
+
+
+def test_distillation_waits_for_its_curve_alone(tmp_path, monkeypatch):
     """Ten points of the curve, however many steps; and the teacher answers in full precision."""
+    rng = torch.Generator
+    monkeypatch.setattr(torch, "Generator", lambda device=None: rng())  # this device has none of its own
     state, found = {"autocast": False}, {}
 
     @contextmanager
@@ -127,7 +143,7 @@ def test_distillation_waits_for_its_curve_alone(tmp_path):
     teacher = SimpleNamespace(embed=embed, classify=lambda embedding: 10 * embedding)
     for steps in (10, 20):
         args = distill.parse_args(["--max_train_steps", str(steps), "--train_batch_size", "4", "--mixup", "0.5",
-                                   "--cutmix", "1", "--hard_label_weight", "0.1",
+                                   "--cutmix", "1", "--hard_label_weight", "0.1", "--ema_decay", "0.9",
                                    "--output_dir", str(tmp_path)])  # fmt: skip
         student = models.load_model("conv4_64", pretrained=False, num_classes=2, image_size=16)
         views = distill.Views(pictures(4), [], 2, 1, teachers.augmentation(16, args), 0)
@@ -244,3 +260,60 @@ def test_memory_is_counted_as_it_is_taken(tiny_sd1, capsys):
     assert both == pytest.approx([4 * trained, 4 * asked], rel=0.05) and trained > 2 * asked
     memory.announce([pipe.vae], {"little": 2**20, "much": 3 * 2**30}, torch.device("cpu"))
     assert "memory: about 3.00 GiB, 3.00 of them for much" in capsys.readouterr().err
+
+
+def measured_and_announced(monkeypatch, script, *words):
+    """The most bytes of tensors while a script is at work, and how many it says that it needs before."""
+    said, places = [], [distill, evaluate, export, episodes, generated]
+    for module in places:
+        monkeypatch.setattr(module, "announce", lambda *what: said.append(what))
+    with memory.LiveBytes() as live:
+        script.main(script.parse_args([*map(str, words)]))
+    return live.peak, max(memory.bytes_of(*modules) + max(parts.values()) for modules, parts, _ in said)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of two classes of six photos."""
+    for i, (picture, label) in enumerate(pictures(12)):
+        (tmp_path / "photos" / f"class {label}").mkdir(parents=True, exist_ok=True)
+        picture.save(tmp_path / "photos" / f"class {label}" / f"{i}.png")
+    return tmp_path / "photos"
+
+
+@pytest.mark.usefixtures("any_precision")
+def test_scripts_need_the_memory_that_they_announce(photos, tmp_path, monkeypatch):
+    """On a CPU, where copies of a batch on its way are counted too."""
+    student = tmp_path / "student"
+    runs = {
+        "distillation": (distill, "--support_dir", photos, "--supports_only", "--max_train_steps", 2,
+                         "--ema_decay", 0.9, "--train_batch_size", 24, "--output_dir", student),
+        "evaluation": (evaluate, "--data_dir", photos, "--support_dir", photos, "--model", student, "assets/teacher",
+                       "--batch_size", 12, "--output_dir", tmp_path / "evaluation"),
+        "generated": (evaluate, "--generated_dir", photos, "--support_dir", photos, "--batch_size", 12,
+                      "--output_dir", tmp_path / "specificity"),
+        "episodes": (evaluate, "--dataset", "icons_fs", "--split", "val", "--num_ways", 2, "--num_shots", 1,
+                     "--num_queries", 2, "--num_episodes", 1, "--methods", "teacher", "supports", "--distill",
+                     "--max_train_steps 2 --train_batch_size 24", "--output_dir", tmp_path / "episodes"),
+        "export": (export, "--model", student, "--runtime", "torch", "--teacher", "assets/teacher", "--data_dir",
+                   photos, "--benchmark", "--benchmark_batch_sizes", 24, "--output_dir", tmp_path / "export"),
+    }  # fmt: skip
+    monkeypatch.setattr(
+        "common.runtimes.latency.benchmark", lambda calls: {k: [(call(), 1.0)[1]] for k, call in calls.items()}
+    )
+    for name, (script, *words) in runs.items():
+        measured, announced = measured_and_announced(monkeypatch, script, *words)
+        assert 0.75 * measured < announced < 1.1 * measured, name
+
+
+def test_a_batch_of_distillation_takes_what_benchmarks_count():
+    """The table of settings and the script count alike; and a whole batch takes what small ones foretell."""
+    teacher, student = (models.load_model(name) for name in ("assets/teacher", "assets/student"))
+    args = distill.parse_args([])
+    _, parts = distill.needs(teacher, student, student.num_classes, args)
+    with memory.LiveBytes() as live, torch.no_grad():
+        models.features(teacher, torch.zeros(args.train_batch_size, 3, *models.input_size(teacher)))
+    assert parts["the teacher (--train_batch_size)"] == pytest.approx(live.peak, rel=0.02)
+    _, weights, one = table.distillation_row(teacher, student)
+    assert weights == memory.bytes_of(teacher) + 4 * memory.bytes_of(student)
+    assert one * args.train_batch_size == pytest.approx(max(parts.values()))

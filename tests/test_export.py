@@ -19,7 +19,7 @@ from common.images import as_tensor, load_folder
 from common.runtimes import latency, open_exported
 from common.runtimes.onnxruntime import OnnxRuntime
 from common.runtimes.openvino import OpenVino
-from tests.conftest import launch
+from tests.conftest import TWO_NODES, launch
 
 
 def classes_of(run_dir):
@@ -99,8 +99,9 @@ def test_a_graph_with_preprocessing_takes_what_a_camera_gives(run_dir, tmp_path)
 
 
 def test_a_fixed_batch_size_is_in_the_graph_and_any_number_of_images_can_be_asked(run_dir, tmp_path):
+    """Exported on two nodes, of which the first does it."""
     launch("export.py", "--model", run_dir / "student", "--output_dir", tmp_path, "--batch_size", 17, "--precision",
-           "int8", "--data_dir", run_dir / "generated")  # fmt: skip
+           "int8", "--data_dir", run_dir / "generated", by=TWO_NODES)  # fmt: skip
     assert sum(1 for _ in (run_dir / "generated").rglob("0*.png")) < 17  # int8 is calibrated with some twice
     for precision in ("fp32", "int8"):
         shape = graph_of(tmp_path / f"student_{precision}.onnx").input[0].type.tensor_type.shape

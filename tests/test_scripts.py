@@ -305,10 +305,12 @@ def test_specificity_and_diversity_of_a_generated_folder(run_dir, tmp_path):
     assert "Cosine distance to the nearest support" in (tmp_path / "report.html").read_text()
 
 
-def test_inversion_does_not_depend_on_batching_or_processes(run_dir, tmp_path):
+@pytest.mark.parametrize("by", [THREE_PROCESSES, TWO_NODES], ids=["three processes", "two nodes"])
+def test_inversion_does_not_depend_on_batching_or_processes(run_dir, tmp_path, by):
+    """Of three processes one has no class."""
     options = ("--support_dir", run_dir / "support", "--num_vectors", 2, *INVERT)
     launch("tint_invert.py", *options, "--output_dir", tmp_path, "--class_batch_size", 1,
-           "--null_text_batch_size", 1, by=THREE_PROCESSES)  # fmt: skip
+           "--null_text_batch_size", 1, by=by)  # fmt: skip
     for name in classes_of(run_dir):
         folders = tmp_path / name, run_dir / "inversion" / name
         for file in ("learned_embeds", "null_text"):

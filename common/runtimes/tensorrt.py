@@ -100,15 +100,10 @@ def trtexec_command(onnx_path, engine_path, opt_batch_size, max_batch_size, work
     does nothing; and no shapes may be given for a file that fixes them."""
     shapes = profile_shapes(onnx_path, (1, opt_batch_size, max_batch_size)) or []
     return [
-        "trtexec",
-        f"--onnx={onnx_path}",
-        f"--saveEngine={engine_path}",
-        "--stronglyTyped",
+        "trtexec", f"--onnx={onnx_path}", f"--saveEngine={engine_path}", "--stronglyTyped",
         *(f"--{kind}Shapes={spec(shape)}" for kind, shape in zip(("min", "opt", "max"), shapes)),
-        f"--memPoolSize=workspace:{workspace_mib}",
-        f"--timingCacheFile={timing_cache}",
-        "--skipInference",
-    ]
+        f"--memPoolSize=workspace:{workspace_mib}", f"--timingCacheFile={timing_cache}", "--skipInference",
+    ]  # fmt: skip
 
 
 def trtexec_timing_command(onnx_path, engine_path, batch_size, seconds=10, cuda_graph=False):
@@ -117,15 +112,10 @@ def trtexec_timing_command(onnx_path, engine_path, batch_size, seconds=10, cuda_
     copies between host and device. A CUDA graph saves what launching small kernels one by one costs."""
     shapes = profile_shapes(onnx_path, (batch_size,))
     return [
-        "trtexec",
-        f"--loadEngine={engine_path}",
-        *([f"--shapes={spec(shapes[0])}"] if shapes else []),
-        "--warmUp=500",
-        f"--duration={seconds}",
-        "--iterations=200",
-        "--percentile=90,99",
+        "trtexec", f"--loadEngine={engine_path}", *([f"--shapes={spec(shapes[0])}"] if shapes else []), "--warmUp=500",
+        f"--duration={seconds}", "--iterations=200", "--percentile=90,99",
         *(["--useCudaGraph"] if cuda_graph else []),
-    ]
+    ]  # fmt: skip
 
 
 def spec(shape):
