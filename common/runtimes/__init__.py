@@ -15,14 +15,9 @@ from common.runtimes.pytorch import Compiled, PyTorch
 from common.runtimes.tensorrt import TensorRT
 
 RUNTIMES = {
-    "torch": PyTorch,
-    "torch_compile": Compiled,
-    "onnxruntime": OnnxRuntime,
-    "openvino": OpenVino,
-    "aotinductor": AotInductor,
-    "tensorrt": TensorRT,
-    "executorch": ExecuTorch,
-}
+    "torch": PyTorch, "torch_compile": Compiled, "onnxruntime": OnnxRuntime, "openvino": OpenVino,
+    "aotinductor": AotInductor, "tensorrt": TensorRT, "executorch": ExecuTorch,
+}  # fmt: skip
 OPENED_BY = {runtime.suffix: runtime for runtime in RUNTIMES.values() if runtime.suffix}  # files that export.py writes
 
 
