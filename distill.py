@@ -361,9 +361,6 @@ def main(args):
         if args.query_dir and accelerator.is_main_process:
             finish(models.load_model(output_dir), classes, paths, read_json(output_dir / "distill.json"), args)
         return
-    taken = [name for name in ("config.json", "model.safetensors") if (output_dir / name).is_file()]
-    if taken and models.class_names(output_dir) != classes:
-        raise UserError(f"{output_dir / taken[-1]} is there, and not of this script: give another --output_dir.")
 
     teacher = load_teacher(args, map(open_image, paths), labels, accelerator.device)
     student, is_trained = models.load_student(args, classes)

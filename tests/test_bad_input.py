@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tarfile
 
-import onnx
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
@@ -25,7 +24,6 @@ from common.cli import UserError, run
 from common.inversion import interrupted
 from common.processes import stopwatch
 from common.records import read_json_lines
-from common.shards import write_shard
 from tests.conftest import PYTHON, ROOT, launch
 
 
@@ -81,13 +79,6 @@ def test_output_among_the_inputs(folder, command, place, relation):
     before = sorted(folder.rglob("*"))
     assert f"{output_dir} {relation} --" in rejected(script, *options, "--output_dir", output_dir)
     assert sorted(folder.rglob("*")) == before
-
-
-@pytest.mark.parametrize("script", [("-m", "common.datasets"), ("evaluate.py",)])
-def test_output_in_the_data_set_that_episodes_are_drawn_from(folder, script):
-    output_dir = folder / "support" / "cat" / "new"
-    err = rejected(*script, "--dataset", folder / "support", "--output_dir", output_dir)
-    assert f"{output_dir} lies in --dataset" in err and not output_dir.exists()
 
 
 def test_empty_class(folder):
@@ -164,13 +155,12 @@ def test_kinds_of_diffusion_models_that_are_not_taken(folder):
         weights.with_suffix(".fp16.safetensors").rename(weights)
     config = json.loads((model / "unet" / "config.json").read_text())
     pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
-    config |= {"block_out_channels": [32, 64], "projection_class_embeddings_input_dim": 64, "mid_block_type": None,
-               "down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}  # fmt: skip
-    sdxl = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
-    for more in (sdxl, {"class_embed_type": "projection"}, {"time_cond_proj_dim": 8}):  # as unCLIP, LCM
-        pipe.unet = UNet2DConditionModel.from_config(config | more)
-        pipe.save_pretrained(model)
-        assert "is no Stable Diffusion 1.x or 2.x model" in invert(folder, *given)
+    config |= {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "block_out_channels": [32, 64],
+               "projection_class_embeddings_input_dim": 64, "down_block_types": ["DownBlock2D"] * 2,
+               "up_block_types": ["UpBlock2D"] * 2, "mid_block_type": None}  # fmt: skip
+    pipe.unet = UNet2DConditionModel.from_config(config)
+    pipe.save_pretrained(model)
+    assert "is no Stable Diffusion 1.x or 2.x model" in invert(folder, *given)
 
 
 def test_defaults_from_another_folder(folder):
@@ -247,9 +237,6 @@ def test_damaged_shard(run_dir, tmp_path):
               tmp_path / "student")  # fmt: skip
     err = rejected(*distil)
     assert str(shards) in err and "generate again" in err
-    name = sorted(path.name for path in (run_dir / "support").iterdir())[0]
-    write_shard(shard, [{"label": name, "index": 0, "file_name": f"{name}/0.png"}], [b"no image"])
-    assert f"{shards / name / '0.png'} cannot be read as an image" in rejected(*distil)
     shard.unlink()
     (shards / "metadata.jsonl").unlink()
     err = rejected(*distil)
@@ -287,17 +274,10 @@ def test_model_that_does_not_know_the_classes(folder):
     assert "nowhere.onnx: no such file" in rejected("evaluate.py", "--model", folder / "nowhere.onnx", *options)
 
 
-def test_onnx_file_that_lacks_a_class_or_is_damaged(run_dir, folder):
+def test_onnx_file_that_lacks_a_class(run_dir, folder):
     err = rejected("evaluate.py", "--model", run_dir / "export" / "student_fp32.onnx", "--data_dir", folder / "support",
                    "--output_dir", folder / "out")  # fmt: skip
     assert "lacks classes" in err and "['cat', 'dog']" in err
-    model = onnx.load(run_dir / "export" / "student_fp32.onnx")
-    facts = {entry.key: entry.value for entry in model.metadata_props}
-    facts["preprocessing"] = json.dumps(json.loads(facts["preprocessing"]) | {"std": [1, {}, 1]})
-    onnx.helper.set_model_props(model, facts)
-    onnx.save(model, folder / "wrong.onnx")
-    err = rejected("evaluate.py", "--model", folder / "wrong.onnx", "--data_dir", folder / "support")
-    assert "is no ONNX file of export.py" in err
 
 
 def test_classes_that_the_tokenizer_cannot_tell_apart(folder):
@@ -322,13 +302,11 @@ def test_output_folder_that_is_a_file(folder):
 
 def test_files_of_the_user_are_not_written_over(run_dir, folder):
     """Where an output folder holds what its script would write, and no record that it was this script's."""
-    mine = {"README.md": "mine", "model.safetensors": "mine", "config.json": "{}", "cat/00000.png": "mine",
-            "metadata.jsonl": "{}"}  # fmt: skip
-    for name, content in mine.items():
+    for name, content in {"README.md": "mine", "cat/00000.png": "mine", "metadata.jsonl": "{}"}.items():
         path = folder / "mine" / name
         path.parent.mkdir(parents=True)
         path.write_text(content)
-        if name in ("README.md", "model.safetensors", "config.json"):
+        if name == "README.md":
             command = ("distill.py", "--support_dir", folder / "support", "--supports_only")
         else:
             command = ("tint_generate.py", "--inversion_dir", run_dir / "inversion")
@@ -465,7 +443,7 @@ def damaged(student, folder, **changes):
 
 
 def test_damaged_configurations(run_dir, tmp_path):
-    """In export and evaluation: half a file, other JSON, names that are none; a wrong size."""
+    """In export and evaluation: half a file, other JSON, names that are none; in export, a wrong size."""
     half = damaged(run_dir / "student", tmp_path / "half")
     (half / "config.json").write_text((half / "config.json").read_text()[:100])
     lists = damaged(run_dir / "student", tmp_path / "list")
@@ -480,14 +458,7 @@ def test_damaged_configurations(run_dir, tmp_path):
     config = json.loads((run_dir / "student" / "config.json").read_text())["pretrained_cfg"]
     other = damaged(run_dir / "student", tmp_path / "size", pretrained_cfg=config | {"input_size": [3, 64, 64]})
     err = rejected("export.py", "--model", other, "--output_dir", tmp_path / "out")
-    assert "takes no images of (3, 64, 64)" in err
-    for command in (
-        ("export.py", "--model", run_dir / "student", "--teacher", "assets/student"),
-        ("evaluate.py", "--model", "assets/student", "--data_dir", run_dir / "query", "--support_dir",
-         run_dir / "support"),
-    ):  # fmt: skip
-        err = rejected(*command, "--teacher_image_size", 1, "--output_dir", tmp_path / "out")
-        assert "assets/student takes no images of (3, 1, 1)" in err
+    assert "takes no images of 64x64, the size in its config.json" in err
 
 
 def test_int8_without_images_and_tensorrt_without_tensorrt(run_dir, tmp_path):

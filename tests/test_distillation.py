@@ -359,8 +359,8 @@ def forgetful(pretrained=False, **kwargs):
 @pytest.mark.parametrize("student, message", [
     (("forgetful", "--student_image_size", 32), "not be saved as it is"),
     (("mobilenetv4_conv_small", "--student_image_size", 32, "--train_batch_size", 1), "cannot be trained on 1 views"),
-    (("efficientformer_l1", "--student_image_size", 64), r"efficientformer_l1 takes no images of \(3, 64, 64\)"),
-    (("assets/student", "--student_image_size", 8), r"assets/student takes no images of \(3, 8, 8\)"),
+    (("efficientformer_l1", "--student_image_size", 64), "choose another student or --student_image_size"),
+    (("assets/student", "--student_image_size", 8), "--student_image_size"),
 ])  # fmt: skip
 def test_what_cannot_be_trained_or_saved_is_refused_before_any_work(student, message, run_dir, tmp_path):
     with pytest.raises(UserError, match=message):

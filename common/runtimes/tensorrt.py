@@ -12,7 +12,7 @@ import onnx
 import torch
 
 from common.cli import UserError, refusing
-from common.records import whole_file, write_json
+from common.records import read_json, whole_file, write_json
 from common.runtimes.base import Runtime
 
 
@@ -145,7 +145,10 @@ class TensorRT(Runtime):
         return {list(student.onnx)[-1]: student.folder / "student.engine"} if device.type == "cuda" else {}
 
     def __init__(self, path, device, num_threads=None):
-        self.describe_beside(path)
+        facts = Path(f"{path}.json")
+        if not facts.is_file():
+            raise UserError(f"{facts} is missing: export.py writes it beside the engine.")
+        self.describe(read_json(facts))
         trt = import_tensorrt(f"The ONNX file that {path} was built from can be measured without it.")
         if device.type != "cuda":
             raise UserError(f"{path}: a TensorRT engine needs an NVIDIA GPU, and PyTorch sees none here.")
