@@ -57,11 +57,11 @@ def test_inversion_writes_what_the_contract_says(run_dir):
             "learned_embeds.safetensors", "null_text.safetensors", "inversion.json", "reconstruction.png",
         }  # fmt: skip
         assert {k: v.shape for k, v in load_file(folder / "learned_embeds.safetensors").items()} == {
-            f"<{name}>": (2, 192)
+            f"<{name}>": (2, 128)
         }
         tensors = load_file(folder / "null_text.safetensors")
         assert tensors["latents"].shape == (2, 4, 8, 8) == tensors["image_latents"].shape
-        assert tensors["null_offsets"].shape == (2, 4, 16, 192) and tensors["null_offsets"].dtype == torch.float16
+        assert tensors["null_offsets"].shape == (2, 4, 16, 128) and tensors["null_offsets"].dtype == torch.float16
         facts = json.loads((folder / "inversion.json").read_text())
         assert facts["images"] == sorted(p.name for p in (run_dir / "support" / name).iterdir())
         assert [step for step, _ in facts["textual_inversion_loss"]] == [0, 3, 6]
