@@ -18,9 +18,10 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from assets.train_diffusion import article
-from assets.training import Drawings, accelerator, use_threads
+from assets.training import Drawings, use_threads
 from common import models
 from common.images import save_grid
+from common.processes import best_device
 from common.records import write_json
 from common.statistics import wilson_interval
 
@@ -31,7 +32,7 @@ def main(args):
     output_dir.mkdir(parents=True, exist_ok=True)
     pipe = StableDiffusionPipeline.from_pretrained(args.model, safety_checker=None, use_safetensors=True)
     pipe.set_progress_bar_config(disable=True)
-    device, results = accelerator(), {}
+    device, results = best_device(), {}
     pipe, teacher = pipe.to(device), models.load_model(args.teacher).to(device)
     for split in ("base", "val", "novel"):
         drawings = Drawings(["base", "episode"], [split])

@@ -17,6 +17,7 @@ import torch
 
 import tint_invert
 from assets.training import save_plot
+from benchmarks import write_supports
 from common import datasets, diffusion
 from common.images import load_folder
 from common.processes import generator
@@ -65,7 +66,7 @@ def main(args):
     for index in range(args.num_episodes):
         folder = root / args.split / f"{index:03d}"
         if not (folder / "support").is_dir():
-            datasets.write_supports(dataset, args.num_ways, args.num_shots, args.seed, index, folder / "support")
+            write_supports(dataset, args.num_ways, args.num_shots, args.seed, index, folder / "support")
         settings = tint_invert.parse_args(["--support_dir", str(folder / "support"), "--output_dir",
                                            str(folder / "inversion"), "--validation_samples", "64",
                                            "--seed", str(index), *args.invert])  # fmt: skip

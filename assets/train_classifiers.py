@@ -28,6 +28,7 @@ Stopped (Ctrl-C, SIGTERM) and started again, it goes on.
 import argparse
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that it runs as a file, too
@@ -38,23 +39,22 @@ import torch
 import torch.nn.functional as F
 
 from assets.training import (
-    Average,
-    Checkpoint,
-    Clock,
     Drawings,
     IconWeb,
     Pictures,
-    accelerator,
+    Training,
+    adamw,
     descend,
-    optimizer,
     recorded,
     rng_of_step,
     use_threads,
+    warmed,
 )
 from common.architectures import InkMap
 from common.cli import run
 from common.datasets import load_dataset
 from common.models import features, input_size, load_model, memory_format, save_model
+from common.processes import best_device
 from common.records import write_json
 
 SETTINGS = {
@@ -63,16 +63,15 @@ SETTINGS = {
 }
 
 
-def batch(drawings, members, args, rng):
+def batch(drawings, rows, counts, args, rng):
     """Augmented drawings of `args.ways` random classes: images [ways * shots, 3, 32, 32] in [0, 1], labels.
 
     Args:
-        members: the drawings of each class.
+        rows, counts: the drawings, class by class, and how many each class has.
     """
-    labels = rng.permutation(len(members))[: args.ways].repeat(args.shots)
-    counts = np.array([len(own) for own in members])
+    labels = rng.permutation(len(counts))[: args.ways].repeat(args.shots)
     places = (rng.random(len(labels)) * counts[labels]).astype(int)
-    picks = np.concatenate(members)[(np.cumsum(counts) - counts)[labels] + places]
+    picks = rows[(np.cumsum(counts) - counts)[labels] + places]
     if args.dataset != "icons_fs":
         return torch.stack([drawings.view(i, rng) for i in picks]), torch.tensor(labels)
     x, _ = drawings.paint(picks, rng, share=0.5)
@@ -159,20 +158,16 @@ def main(args):
     if args.dataset == "icons_fs":
         held_out = {"val": ["val", "unseen_val"], "novel": ["novel", "unseen"]}
     validation = {split: load_split(split, args, input_size(model)[0]) for split in held_out["val"]}
-    members = [np.flatnonzero(drawings.labels.numpy() == c) for c in range(len(drawings.classes))]
-    device = accelerator()
+    rows = np.argsort(drawings.labels.numpy(), kind="stable")
+    counts = np.bincount(drawings.labels.numpy(), minlength=len(drawings.classes))
+    device = best_device()
     drawings = drawings.to(device)
     model = model.to(device, memory_format=memory_format(model))
-    ema = Average(model, args.ema_decay)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0}]
-    adam = optimizer(groups, (0.9, 0.999), args.weight_decay, device)
-    output_dir = Path(args.output_dir)
-    checkpoint = Checkpoint(output_dir / "checkpoint.safetensors", args, model=model, ema=ema.module, optimizer=adam)
-    facts = checkpoint.load()
-    curve, start = facts.get("curve", []), facts.get("step", 0)
-    clock, losses = Clock(args, facts.get("seconds", 0)), []
+    adam = adamw(groups, (0.9, 0.999), args.weight_decay, device)
+    training = Training(args, model, adam)
 
     def train(images, labels):
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
@@ -183,27 +178,18 @@ def main(args):
             loss = loss + args.prototype_weight * prototype_loss(f.float().unflatten(0, (-1, args.shots)))
         return descend(loss, list(model.parameters()), adam, 5.0)
 
-    train = recorded(train, device)
-    for step in range(start, args.max_train_steps):
-        for group in adam.param_groups:
-            group["lr"].fill_(args.learning_rate * clock.learning_rate(step, 100))
-        images, labels = (x.to(device) for x in batch(drawings, members, args, rng_of_step(args.seed, step)))
-        torch.manual_seed(args.seed * 1_000_003 + step)  # dropout
-        losses.append(train(images, labels))
-        ema.update(step)
-        last = clock.progress(step + 1) == 1
-        if (step + 1) % args.validation_steps == 0 or last or checkpoint.stopping:
-            reached = {split: accuracies(ema.module, data, 5, 5, 300)["mean"] for split, data in validation.items()}
-            curve.append({"step": step + 1, "loss": torch.stack(losses).mean().item(), **reached})
-            losses.clear()
-            print(f"{clock.seconds:.0f} s", curve[-1], flush=True)
-            checkpoint.save(step=step + 1, seconds=clock.seconds, curve=curve)
-        if checkpoint.stopping:
-            return
-        if last:
-            break
+    def validate(model):
+        return {split: accuracies(model, data, 5, 5, 300)["mean"] for split, data in validation.items()}
 
-    model = ema.module.to("cpu", memory_format=torch.contiguous_format).eval()
+    train = recorded(train, device)
+    for step in training.steps(partial(warmed, 100)):
+        drawn = batch(drawings, rows, counts, args, rng_of_step(args.seed, step))
+        torch.manual_seed(args.seed * 1_000_003 + step)  # dropout
+        training.finish_step(train(*(x.to(device) for x in drawn)), validate)
+    if training.stopping:
+        return
+
+    model, output_dir = training.ema.to("cpu", memory_format=torch.contiguous_format), Path(args.output_dir)
     if args.icon_web:  # whose first names are the base classes
         head = model.get_classifier()
         model.reset_classifier(len(base))
@@ -216,8 +202,8 @@ def main(args):
             reached[f"{split}, {ways}-way {shots}-shot"] = accuracies(model, episodes, ways, shots, 500)
     size = sum(p.numel() for p in model.parameters())
     write_json(output_dir / "training.json",
-               {"settings": vars(args), "parameters": size, "seconds": clock.seconds, "curve": curve,
-                "reached": reached, "names": drawings.classes})  # fmt: skip
+               {"settings": vars(args), "parameters": size, "seconds": training.seconds,
+                "curve": training.curve, "reached": reached, "names": drawings.classes})  # fmt: skip
     print(reached)
 
 

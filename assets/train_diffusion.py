@@ -26,20 +26,18 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from assets.colours import BACKGROUNDS, FOREGROUNDS
 from assets.training import (
-    Average,
-    Checkpoint,
-    Clock,
     Drawings,
-    accelerator,
+    Training,
+    adamw,
     descend,
-    optimizer,
     recorded,
     rng_of_step,
     seen_drawings,
     use_threads,
 )
 from common.cli import run
-from common.records import digest, fingerprint, save_tensors, write_json
+from common.processes import best_device
+from common.records import digest, fingerprint, save_tensors, whole_folder, write_json
 
 MAX_TOKENS = 16
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}  # Stable Diffusion's
@@ -56,14 +54,19 @@ def caption(fact, rng, keep=0.55):
     return f"{article(' '.join([*words, 'icon']))} of {article(fact['class'].replace('-', ' '))}{ground}"
 
 
-def train_tokenizer(classes):
-    """A CLIP tokenizer whose byte-pair encoding has one token for each word of the captions."""
+def train_tokenizer(classes, folder):
+    """A CLIP tokenizer whose byte-pair encoding has one token for each word of the captions. It is kept in `folder` for
+    a training that goes on: another one would number its tokens otherwise."""
+    if folder.is_dir():
+        return CLIPTokenizer.from_pretrained(folder)
     words = " ".join(["an a icon of on filled outline duotone colour", *FOREGROUNDS, *BACKGROUNDS, *classes])
     words = sorted(set(words.replace("-", " ").split()))
     tokenizer = CLIPTokenizer(model_max_length=MAX_TOKENS).train_new_from_iterator([words], vocab_size=20_000)
     several = [w for w in words if w.isalpha() and len(tokenizer.tokenize(w)) > 1]
     if several:
         raise ValueError(f"these words have several tokens: {several}")
+    with whole_folder(folder) as temporary:
+        tokenizer.save_pretrained(temporary)
     return tokenizer
 
 
@@ -125,7 +128,7 @@ def main(args):
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     vae_dir = Path(args.initial_model, "vae") if args.initial_model else Path(args.vae)
-    device = accelerator()
+    device = best_device()
     vae = AutoencoderKL.from_pretrained(vae_dir, use_safetensors=True).eval().requires_grad_(False).to(device)
     drawings = seen_drawings(args.icon_web)
     held_out = Drawings(["episode"], ["val"]).to(device)
@@ -133,9 +136,10 @@ def main(args):
         start = StableDiffusionPipeline.from_pretrained(args.initial_model, safety_checker=None, use_safetensors=True)
         tokenizer, unet, text_encoder = start.tokenizer, start.unet, start.text_encoder
     else:
-        tokenizer = train_tokenizer(drawings.classes)
+        tokenizer = train_tokenizer(drawings.classes, output_dir / "tokenizer")
         unet, text_encoder = build(tokenizer, args.channels, args.layers, args.text_width)
-    key = digest(fingerprint(vae_dir.glob("*.safetensors")), len(drawings), args.copies, args.seed)
+    read = [*vae_dir.glob("*.safetensors"), *([args.icon_web] if args.icon_web else [])]
+    key = digest(fingerprint(read), tokenizer.get_vocab(), args.copies, args.seed)
     rng = np.random.default_rng([args.seed, 1])
     files = [output_dir / f"{name}-{key}.safetensors" for name in ("latents", "val")]
     latents, ids = encode(vae, tokenizer, drawings.to(device), args.copies, files[0], rng)
@@ -157,30 +161,24 @@ def main(args):
 
     @torch.no_grad()
     def validate(networks):
-        """The loss on unseen drawings of val classes, at fixed timesteps, noise and full captions."""
+        """The loss on unseen drawings of val classes, at fixed timesteps, noise and full captions, and epochs done."""
         fixed, total, z = torch.Generator().manual_seed(0), 0.0, val_latents.float()
         t, eps = torch.randint(1000, (len(z),), generator=fixed), torch.randn(z.shape, generator=fixed)
         parts = (x.split(256) for x in (z, val_ids, t.to(device), eps.to(device)))
         for part in zip(*parts):
             total += weighted_loss(networks, *part).item() * len(part[0])
-        return total / len(z)
+        return {"val_loss": total / len(z), "epoch": training.step * size / len(drawings)}
 
     networks = torch.nn.ModuleList([unet.to(memory_format=torch.channels_last), text_encoder]).to(device)
-    ema, weights = Average(networks, args.ema_decay), list(networks.parameters())
-    adam, path = optimizer(weights, (0.9, 0.99), 0.01, device), output_dir / "checkpoint.safetensors"
-    checkpoint = Checkpoint(path, args, networks=networks, ema=ema.module, optimizer=adam)
-    past = checkpoint.load()
-    curve, first = past.get("curve", []), past.get("step", 0)
-    clock, losses, epoch = Clock(args, past.get("seconds", 0)), [], -1
+    weights, epoch = list(networks.parameters()), -1
+    adam = adamw(weights, (0.9, 0.99), 0.01, device)
+    training = Training(args, networks, adam)
 
     def train(z, ids, t, eps):
         return descend(weighted_loss(networks, z, ids, t, eps), weights, adam, 1.0)
 
     train = recorded(train, device)
-    for step in range(first, args.max_train_steps):
-        left = 1 - clock.progress(step)
-        for group in adam.param_groups:
-            group["lr"].fill_(args.learning_rate * min(1, (step + 1) / 200, 5 * left))
+    for step in training.steps(lambda step, progress: min(1, (step + 1) / 200, 5 * (1 - progress))):
         noise = torch.Generator(device).manual_seed(args.seed * 1_000_003 + step)
         if epoch != step * size // len(drawings):  # each drawing once an epoch
             epoch = step * size // len(drawings)
@@ -192,21 +190,12 @@ def main(args):
         t = torch.arange(size, device=device) + torch.rand(size, generator=noise, device=device)
         t = (t * 1000 / size).long().clamp(max=999)  # stratified; the last sum may round up
         z, eps = latents[rows, copies].float(), torch.randn(latents[rows, 0].shape, generator=noise, device=device)
-        losses.append(train(z, torch.where(unnamed, no_caption, ids[rows, copies]), t, eps))
-        ema.update(step)
-        last = clock.progress(step + 1) == 1
-        if (step + 1) % args.validation_steps == 0 or last or checkpoint.stopping:
-            point = {"step": step + 1, "epoch": (step + 1) * size / len(drawings)}
-            curve.append(point | {"loss": torch.stack(losses).mean().item(), "val_loss": validate(ema.module)})
-            losses.clear()
-            print(f"{clock.seconds:.0f} s", curve[-1], flush=True)
-            checkpoint.save(step=step + 1, seconds=clock.seconds, curve=curve)
-        if checkpoint.stopping:
-            return
-        if last:
-            break
+        loss = train(z, torch.where(unnamed, no_caption, ids[rows, copies]), t, eps)
+        training.finish_step(loss, validate)
+    if training.stopping:
+        return
 
-    unet, text_encoder = ema.module.cpu()
+    unet, text_encoder = training.ema.cpu()
     unet = unet.to(torch.float16 if args.float16 else torch.float32, memory_format=torch.contiguous_format)
     StableDiffusionPipeline(
         vae=vae.cpu(),
@@ -218,7 +207,8 @@ def main(args):
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(output_dir)
-    write_json(output_dir / "training.json", {"settings": vars(args), "seconds": clock.seconds, "curve": curve})
+    facts = {"settings": vars(args), "seconds": training.seconds, "curve": training.curve}
+    write_json(output_dir / "training.json", facts)
 
 
 def parse_args():

@@ -11,6 +11,7 @@ deviation 1.
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that it runs as a file, too
@@ -20,19 +21,18 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
 from assets.training import (
-    Average,
-    Checkpoint,
-    Clock,
     Drawings,
-    accelerator,
+    Training,
+    adamw,
     descend,
-    optimizer,
     recorded,
     rng_of_step,
     seen_drawings,
     use_threads,
+    warmed,
 )
 from common.cli import run
+from common.processes import best_device
 from common.records import write_json
 
 
@@ -70,7 +70,7 @@ def psnr(vae, images):
 def main(args):
     use_threads(args.num_threads)
     torch.manual_seed(args.seed)
-    device = accelerator()
+    device = best_device()
     drawings = seen_drawings(args.icon_web).to(device)
     val = Drawings(["episode"], ["val"]).images[::4]
     vae = build()
@@ -78,14 +78,9 @@ def main(args):
         vae = AutoencoderKL.from_pretrained(args.decoder_only, use_safetensors=True)
         vae.encoder.requires_grad_(False), vae.quant_conv.requires_grad_(False)
     vae = vae.to(device)
-    ema = Average(vae, args.ema_decay)
     trained = [p for p in vae.parameters() if p.requires_grad]
-    adam = optimizer(trained, (0.9, 0.99), 1e-4, device)
-    output_dir = Path(args.output_dir)
-    checkpoint = Checkpoint(output_dir / "checkpoint.safetensors", args, vae=vae, ema=ema.module, optimizer=adam)
-    facts = checkpoint.load()
-    curve, start = facts.get("curve", []), facts.get("step", 0)
-    clock, losses = Clock(args, facts.get("seconds", 0)), []
+    adam = adamw(trained, (0.9, 0.99), 1e-4, device)
+    training = Training(args, vae, adam)
 
     def train(x, noise):
         posterior = vae.encode(x).latent_dist
@@ -95,34 +90,23 @@ def main(args):
         return descend(F.l1_loss(y, x) / 2 + 2 * F.mse_loss(y, x) + args.kl_weight * kl, trained, adam, 1.0)
 
     train = recorded(train, device)
-    for step in range(start, args.max_train_steps):
-        for group in adam.param_groups:
-            group["lr"].fill_(args.learning_rate * clock.learning_rate(step, 200))
+    for step in training.steps(partial(warmed, 200)):
         torch.manual_seed(args.seed * 1_000_003 + step)
         noise = torch.randn(args.train_batch_size, 4, 8, 8, device=device)
-        losses.append(train(batch(drawings, args.train_batch_size, rng_of_step(args.seed, step)), noise))
-        ema.update(step)
-        last = clock.progress(step + 1) == 1
-        if (step + 1) % args.validation_steps == 0 or last or checkpoint.stopping:
-            loss = torch.stack(losses).mean().item()
-            curve.append({"step": step + 1, "loss": loss, "psnr": psnr(ema.module, val)})
-            losses.clear()
-            print(f"{clock.seconds:.0f} s", curve[-1], flush=True)
-            checkpoint.save(step=step + 1, seconds=clock.seconds, curve=curve)
-        if checkpoint.stopping:
-            return
-        if last:
-            break
+        loss = train(batch(drawings, args.train_batch_size, rng_of_step(args.seed, step)), noise)
+        training.finish_step(loss, lambda vae: {"psnr": psnr(vae, val)})
+    if training.stopping:
+        return
 
-    vae = ema.module.eval()
+    vae, output_dir = training.ema, Path(args.output_dir)
     if not args.decoder_only:
         with torch.no_grad():
             latents = torch.cat([vae.encode(x * 2 - 1).latent_dist.mode() for x in drawings.images.split(256)])
         vae.register_to_config(scaling_factor=1 / latents.std().item())
     vae.save_pretrained(output_dir)
     reached = {split: psnr(vae, Drawings(["episode"], [split]).images) for split in ("val", "novel")}
-    write_json(output_dir / "training.json",
-               {"settings": vars(args), "seconds": clock.seconds, "curve": curve, "psnr": reached})  # fmt: skip
+    facts = {"settings": vars(args), "seconds": training.seconds, "curve": training.curve, "psnr": reached}
+    write_json(output_dir / "training.json", facts)
     print(reached)
 
 

@@ -1,9 +1,8 @@
-"""What the training scripts of the embedded models share: drawings in fresh colours, and checkpoints.
+"""What the training scripts of the embedded models share: drawings in fresh colours, and the course of a training.
 
 The scripts are run from the repository's root, `python -m assets.train_vae`, and go on from their last checkpoint.
 """
 
-import copy
 import json
 import math
 import os
@@ -18,6 +17,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from safetensors import safe_open
+from timm.utils import ModelEmaV3
 
 import distill
 from assets.colours import draw_colours
@@ -75,16 +75,16 @@ class Drawings:
 
     def paint(self, rows, rng, share=1.0):
         """Drawings `rows`, of which a random `share` is painted in fresh colours where they are of one colour: images
-        [n, 3, 32, 32] in [0, 1], and their facts."""
+        [n, 3, 32, 32] in [0, 1], and an iterator of their facts."""
         (words, colours), device = palette(), self.images.device
         picks, fresh = rng.integers(len(words), size=len(rows)), rng.random(len(rows)) < share
         front, ground = colours[picks].to(device)[..., None, None].unbind(1)
         rows_there = torch.as_tensor(rows, device=device)
         painted = ground + (front - ground) * self.inks[rows_there]
         chosen = self.paintable[rows_there] & torch.as_tensor(fresh, device=device).view(-1, 1, 1, 1)
-        named = [self.facts[i] if self.facts[i]["style"] == "colour" or not new else
+        named = (self.facts[i] if self.facts[i]["style"] == "colour" or not new else
                  self.facts[i] | dict(zip(("foreground", "background"), words[k]))
-                 for i, k, new in zip(rows, picks, fresh)]  # fmt: skip
+                 for i, k, new in zip(rows, picks, fresh))  # fmt: skip
         return torch.where(chosen, painted, self.images[rows_there]), named
 
 
@@ -134,64 +134,81 @@ class Pictures:
             return self.augment(self.pictures[i])
 
 
-class Checkpoint:
-    """Everything that a training needs to go on, written every few minutes and when told to stop.
+class Training:
+    """The steps of a training, with its learning rate, its curve, the moving average of its weights, and a checkpoint,
+    written every few minutes and when told to stop, from which it goes on.
 
     Args:
-        path: the file.
-        args: the settings; a training does not go on with others.
-        stateful: {name: module or AdamW optimizer}.
+        args: its settings, `output_dir`, `learning_rate`, `ema_decay`, `validation_steps`, `max_train_steps`,
+            `max_minutes` and others; a training does not go on with others.
+        model: the module to train, which lies on its device. optimizer: that of `adamw`.
+
+    Attributes:
+        ema: the average of the model's weights, which forgets faster at the beginning: with decay (1 + k) / (10 + k) at
+            step k, but for at most `ema_decay`. A module.
+
+    Raises:
+        UserError: it was begun with other settings.
     """
 
-    def __init__(self, path, args, **stateful):
-        self.path, self.stateful, self.stopping = Path(path), stateful, False
-        self.settings = settings_of(args, "num_threads")
+    def __init__(self, args, model, optimizer):
+        self.args, self.model, self.optimizer, self.stopping = args, model, optimizer, False
+        self.average = ModelEmaV3(model, args.ema_decay, use_warmup=True, warmup_gamma=9, warmup_power=1)
+        self.path, self.settings = Path(args.output_dir, "checkpoint.safetensors"), settings_of(args, "num_threads")
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.stop)
+        facts = load_checkpoint(self.path, self.settings, **self.stateful())
+        self.step, self.curve, self.losses = facts.get("step", 0), facts.get("curve", []), []
+        self.start, self.done = time.time() - facts.get("seconds", 0), self.step >= args.max_train_steps
+
+    @property
+    def ema(self):
+        return self.average.module
+
+    @property
+    def seconds(self):
+        """What it has taken in all its starts."""
+        return time.time() - self.start
+
+    def stateful(self):
+        return {"model": self.model, "ema": self.ema, "optimizer": self.optimizer}
 
     def stop(self, *_):
         self.stopping = True
 
-    def save(self, **facts):
-        save_checkpoint(self.path, {"settings": self.settings, **facts}, **self.stateful)
-
-    def load(self):
-        """Restores what was saved and returns its facts, {} where there is nothing.
-
-        Raises:
-            UserError: it was begun with other settings.
-        """
-        return load_checkpoint(self.path, self.settings, **self.stateful)
-
-
-class Clock:
-    """How far a training is, by its steps or, where it has a limit in minutes, by its time, whichever is further.
-
-    Args:
-        args: of it `max_train_steps` and `max_minutes`, which may be None.
-        seconds: what it has taken before it was interrupted.
-    """
-
-    def __init__(self, args, seconds):
-        self.args, self.start = args, time.time() - seconds
-
-    @property
-    def seconds(self):
-        return time.time() - self.start
-
-    def progress(self, step):
-        """From 0 to 1, where `step` steps are done."""
+    def progress(self):
+        """From 0 to 1, by its steps or, where it has a limit in minutes, by its time, whichever is further."""
         by_time = self.seconds / 60 / self.args.max_minutes if self.args.max_minutes else 0
-        return min(1, max(step / self.args.max_train_steps, by_time))
+        return min(1, max(self.step / self.args.max_train_steps, by_time))
 
-    def learning_rate(self, step, warmup_steps):
-        """As a share of the highest: a linear rise, then half a cosine down to zero."""
-        return min(1, (step + 1) / warmup_steps) * (1 + math.cos(math.pi * self.progress(step))) / 2
+    def steps(self, share):
+        """The numbers of the steps that are left, each with its learning rate set: `share(step, progress)` of the
+        highest."""
+        while not (self.done or self.stopping):
+            rate = self.args.learning_rate * share(self.step, self.progress())
+            for group in self.optimizer.param_groups:
+                group["lr"].fill_(rate)
+            yield self.step
+
+    def finish_step(self, loss, validate):
+        """Counts a step of this loss; where it is time, adds a point to the curve, with what `validate` says of the
+        average, {name: number}, and writes a checkpoint."""
+        self.losses.append(loss)
+        self.average.update(self.model, self.step + 2)
+        self.step += 1
+        self.done = self.progress() == 1
+        if self.step % self.args.validation_steps == 0 or self.done or self.stopping:
+            loss = torch.stack(self.losses).mean().item()
+            self.curve.append({"step": self.step, "loss": loss, **validate(self.ema)})
+            self.losses.clear()
+            print(f"{self.seconds:.0f} s", self.curve[-1], flush=True)
+            facts = {"settings": self.settings, "step": self.step, "seconds": self.seconds, "curve": self.curve}
+            save_checkpoint(self.path, facts, **self.stateful())
 
 
-def accelerator():
-    """The GPU, if there is one, else the CPU."""
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+def warmed(warmup_steps, step, progress):
+    """A share of the highest learning rate: a linear rise, then half a cosine down to zero."""
+    return min(1, (step + 1) / warmup_steps) * (1 + math.cos(math.pi * progress)) / 2
 
 
 @matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "tint", "font.size": 12})
@@ -223,19 +240,6 @@ def rng_of_step(seed, step):
     return np.random.default_rng([seed, step])
 
 
-class Average:
-    """The exponential moving average of a model's weights, `module`, which forgets faster at the beginning."""
-
-    def __init__(self, model, decay):
-        self.module, self.decay = copy.deepcopy(model).requires_grad_(False), decay
-        owned = zip(self.module.state_dict().values(), model.state_dict().values())
-        self.averaged, self.current = zip(*[pair for pair in owned if pair[0].is_floating_point()])
-
-    @torch.no_grad()
-    def update(self, step):
-        torch._foreach_lerp_(self.averaged, self.current, 1 - min(self.decay, (1 + step) / (10 + step)))
-
-
 def recorded(step, device):
     """`step`, a function from tensors of unchanging shapes to a tensor; on a GPU as a CUDA graph, since a step of a
     small network takes longer to launch than to compute. Before it is recorded, it runs three times."""
@@ -262,7 +266,7 @@ def recorded(step, device):
     return play
 
 
-def optimizer(groups, betas, weight_decay, device):
+def adamw(groups, betas, weight_decay, device):
     """AdamW whose learning rate is a tensor, so that it can change in a recorded step."""
     rate = torch.tensor(0.0, device=device)
     return torch.optim.AdamW(

@@ -37,7 +37,7 @@ from benchmarks.flops import stable_diffusion_1_5
 from benchmarks.generation_time import reference_image
 from common import diffusion
 from common.cli import HelpFormatter, positive_int, run
-from common.processes import peak_memory
+from common.processes import best_device, peak_memory
 from common.records import read_json, write_json
 
 SCALE = 7.5  # the reference's guidance
@@ -150,7 +150,7 @@ def report(results, root, precision, name, units, row):
 
 
 def main(args):
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    device = best_device()
     on_gpu, root = device.type == "cuda", Path(args.output_dir)
     card = torch.cuda.get_device_name() if on_gpu else str(device)
     support, model, teacher = write_inputs(args, root, device)

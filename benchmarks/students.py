@@ -109,10 +109,7 @@ def episodes_parser(description, split, num_episodes, output_dir):
     add("--num_episodes", type=positive_int, default=num_episodes, help="episodes")
     add("--num_real", type=positive_int, default=20, help="images of each class held back from the queries for real")
     add("--num_images", type=positive_int, default=60, help="generated or unlabelled images a class")
-    add(
-        "--web_dir",
-        help="what mined images are taken from; default: the drawings of Icons-FS that mini-SD learned from",
-    )
+    add("--web_dir", help="images to mine from; default: the drawings of Icons-FS that mini-SD learned from")
     add("--distill", default="--num_views 2500 --train_batch_size 25", help="options of distill.py for all")
     add("--num_processes", type=positive_int, default=2, help="processes, among which the cores are shared out")
     add("--output_dir", default=output_dir, help="folder to write to")

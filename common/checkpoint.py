@@ -3,6 +3,7 @@
 import json
 from contextlib import suppress
 from functools import partial
+from itertools import chain
 
 import torch
 from safetensors import safe_open
@@ -43,9 +44,12 @@ def load_checkpoint(path, settings, accelerator=None, **stateful):
         for name, owner in stateful.items():
             state = {k.partition("/")[2]: v for k, v in tensors.items() if k.startswith(f"{name}/")}
             if not isinstance(owner, torch.nn.Module):
-                nested = {}
+                parameters, nested = list(chain(*(group["params"] for group in owner.param_groups))), {}
                 for k, v in state.items():
-                    nested.setdefault(int(k.partition(".")[0]), {})[k.partition(".")[2]] = v
+                    i, _, what = k.partition(".")
+                    p = parameters[int(i)].detach()  # fused optimizers take its order of memory for granted
+                    v = v if what == "step" else torch.empty_like(p, dtype=v.dtype).copy_(v.view(p.shape))
+                    nested.setdefault(int(i), {})[what] = v
                 state = {"state": nested, "param_groups": owner.state_dict()["param_groups"]}
             owner.load_state_dict(state)
     return facts

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from common import datasets, models
 from common.cli import UserError, note
 from common.images import as_tensor
+from common.processes import best_device
 
 
 def other_images(method, folder, seed, supports, dataset, options, args):
@@ -77,8 +78,7 @@ def features_of(model, dataset, references):
 def web_features(dataset, web_dir, teacher, image_size, checkpoint):
     """The data set of --web_dir, a teacher, and `features_of` all its images."""
     web = datasets.load_web(dataset, web_dir)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    model = models.load_model(teacher, True, image_size, checkpoint).to(device)
+    model = models.load_model(teacher, True, image_size, checkpoint).to(best_device())
     return web, model, *features_of(model, web, references_of(web.classes))
 
 

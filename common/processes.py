@@ -48,6 +48,11 @@ def start(args):
     return accelerator
 
 
+def best_device():
+    """The GPU, if there is one, else the CPU."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
 def cores_of_a_process():
     """The cores of this machine, shared out among its processes."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -10,6 +10,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 from transformers import CLIPTokenizer
 
+from assets.train_diffusion import train_tokenizer
 from assets.training import IconWeb
 from common import icons_fs, models
 from common.architectures import InkMap
@@ -167,3 +168,10 @@ def test_the_icon_web_leaves_held_out_things_out(tmp_path):
     assert web.classes == [*icons_fs.load_splits()["base"], "tile"] and web.labels[count:].tolist() == [64] * 10
     assert web.images.shape == (count + 10, 3, 32, 32) and 0.3 < web.inks[count:].mean() < 0.9
     assert web.paint([count], np.random.default_rng(0))[0].std() > 0.1
+
+
+def test_a_diffusion_training_that_goes_on_keeps_its_tokenizer(tmp_path):
+    """Each training of a tokenizer numbers its tokens otherwise, and weights are by number."""
+    first, again = (train_tokenizer(["cat", "light-bulb"], tmp_path / "tokenizer") for _ in range(2))
+    assert first.get_vocab() == again.get_vocab() and first.model_max_length == again.model_max_length
+    assert [len(again.tokenize(word)) for word in ("cat", "light", "bulb")] == [1, 1, 1]
