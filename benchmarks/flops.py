@@ -25,6 +25,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import tint_generate
 import tint_invert
+from benchmarks import write_supports
 from common import datasets, diffusion
 from common.cli import HelpFormatter, positive_int, run
 from common.records import read_json
@@ -81,7 +82,7 @@ def measure_iterations(args, num_episodes):
     dataset, records = datasets.load_dataset("icons_fs", "val"), []
     for index in range(num_episodes):
         with tempfile.TemporaryDirectory() as folder:
-            datasets.write_supports(dataset, 5, SHOTS, args.seed, index, Path(folder) / "support")
+            write_supports(dataset, 5, SHOTS, args.seed, index, Path(folder) / "support")
             records += invert_into_mini_sd(args, f"{folder}/support", f"{folder}/inversion")
     curves = [record["textual_inversion_loss"] for record in records]
     return {

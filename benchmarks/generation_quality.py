@@ -19,6 +19,7 @@ import torch
 
 import tint_generate
 import tint_invert
+from benchmarks import write_supports
 from benchmarks.flops import generation
 from common import datasets, models
 from common.cli import HelpFormatter, natural_int, positive_int, run
@@ -50,7 +51,7 @@ def main(args):
     for index in range(args.num_episodes):
         folder = Path(args.output_dir) / args.split / f"{index:03d}"
         if not (folder / "support").is_dir():
-            datasets.write_supports(dataset, 5, 5, args.seed, index, folder / "support")
+            write_supports(dataset, 5, 5, args.seed, index, folder / "support")
         inversions = {"inversion": [], "plain": ["--prompt", "an icon", "--max_train_steps", "0"]}
         supports, labels, classes, _ = load_folder(folder / "support", models.input_size(model)[0])
         teacher = models.PrototypeClassifier(model, supports, labels)

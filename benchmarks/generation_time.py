@@ -20,6 +20,7 @@ import torch
 
 import tint_generate
 import tint_invert
+from benchmarks import write_supports
 from benchmarks.inversion_time import MODEL, seconds
 from common import datasets, diffusion
 from common.cli import HelpFormatter, positive_int, run
@@ -53,7 +54,7 @@ def main(args):
     measured = {"reference": [], "ours": []}
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         dataset, support = datasets.load_dataset("icons_fs", "val"), Path(folder) / "support"
-        datasets.write_supports(dataset, 5, 5, 0, 0, support)
+        write_supports(dataset, 5, 5, 0, 0, support)
         tint_invert.main(tint_invert.parse_args(["--support_dir", str(support), "--output_dir", f"{folder}/inversion"]))
         one_by_one()  # warm up
         for turn in range(args.num_turns):

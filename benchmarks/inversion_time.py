@@ -21,6 +21,7 @@ import torch
 from tqdm.auto import tqdm
 
 import tint_invert
+from benchmarks import write_supports
 from common import datasets, diffusion
 from common.cli import HelpFormatter, positive_int, run
 from common.images import load_folder
@@ -76,7 +77,7 @@ def main(args):
     with tempfile.TemporaryDirectory() as folder:
         dataset = datasets.load_dataset("icons_fs", "val")
         supports = Path(folder) / "support"
-        datasets.write_supports(dataset, 5, 5, 0, 0, supports)
+        write_supports(dataset, 5, 5, 0, 0, supports)
         sample = supports, args.num_steps, args.num_images
         reference = [reference_seconds_per_class(*sample)]
         options = ["--support_dir", str(supports), "--output_dir", f"{folder}/inversion"]

@@ -20,7 +20,7 @@ import scipy.stats
 import torch
 
 import tint_invert
-from benchmarks import flops
+from benchmarks import flops, write_supports
 from common import datasets
 from common.cli import HelpFormatter, UserError, natural_int, positive_int, run
 from common.records import write_json
@@ -46,7 +46,7 @@ def main(args):
     for index in range(args.num_episodes):
         supports = root / f"{index:03d}" / "support"
         if not supports.is_dir():
-            datasets.write_supports(dataset, 5, flops.SHOTS, args.seed, index, supports)
+            write_supports(dataset, 5, flops.SHOTS, args.seed, index, supports)
         for name in args.settings:
             output_dir = root / f"{index:03d}" / name.replace(" ", "_")
             options = f"--pretrained_model_name_or_path '{flops.DEFAULTS}' {SETTINGS[name]} {SHARED}"

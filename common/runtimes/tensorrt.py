@@ -12,7 +12,7 @@ import onnx
 import torch
 
 from common.cli import UserError, refusing
-from common.records import read_json, whole_file, write_json
+from common.records import whole_file, write_json
 from common.runtimes.base import Runtime
 
 
@@ -106,15 +106,14 @@ def trtexec_command(onnx_path, engine_path, opt_batch_size, max_batch_size, work
     ]  # fmt: skip
 
 
-def trtexec_timing_command(onnx_path, engine_path, batch_size, seconds=10, cuda_graph=False):
-    """The arguments of the `trtexec` that times an engine of `onnx_path`: half a second of warming up, then at least so
-    many seconds and 200 batches. It prints throughput, and median and percentiles of the latency with and without the
-    copies between host and device. A CUDA graph saves what launching small kernels one by one costs."""
+def trtexec_timing_command(onnx_path, engine_path, batch_size):
+    """The arguments of the `trtexec` that times an engine of `onnx_path`: half a second of warming up, then at least
+    10 seconds and 200 batches. It prints throughput, and median and percentiles of the latency with and without the
+    copies between host and device. With --useCudaGraph beside these, small kernels are launched all at once."""
     shapes = profile_shapes(onnx_path, (batch_size,))
     return [
         "trtexec", f"--loadEngine={engine_path}", *([f"--shapes={spec(shapes[0])}"] if shapes else []), "--warmUp=500",
-        f"--duration={seconds}", "--iterations=200", "--percentile=90,99",
-        *(["--useCudaGraph"] if cuda_graph else []),
+        "--duration=10", "--iterations=200", "--percentile=90,99",
     ]  # fmt: skip
 
 
@@ -145,10 +144,7 @@ class TensorRT(Runtime):
         return {list(student.onnx)[-1]: student.folder / "student.engine"} if device.type == "cuda" else {}
 
     def __init__(self, path, device, num_threads=None):
-        facts = Path(f"{path}.json")
-        if not facts.is_file():
-            raise UserError(f"{facts} is missing: export.py writes it beside the engine.")
-        self.describe(read_json(facts))
+        self.describe_beside(path)
         trt = import_tensorrt(f"The ONNX file that {path} was built from can be measured without it.")
         if device.type != "cuda":
             raise UserError(f"{path}: a TensorRT engine needs an NVIDIA GPU, and PyTorch sees none here.")
