@@ -50,11 +50,10 @@ STAGES = {  # each word is filled in on its own, so that paths may hold spaces
               " --support_dir {support} --teacher {teacher} --benchmark --web --output_dir {root}/export",
 }  # fmt: skip
 TITLES = {
-    "teacher": "teacher (cosine prototypes)",
-    "student_before": "student before distillation",
+    "teacher": "teacher (cosine prototypes)", "student_before": "student before distillation",
     "student_supports": "student distilled on the photos alone",
     "student_tint": "student distilled on generated images",
-}
+}  # fmt: skip
 MADE = ("support", "query", "student", "student_supports")  # what is not the same for other photos
 ENOUGH = 8  # photos of each class, of which some can be held out
 

@@ -242,9 +242,10 @@ def train(student, teacher, views, args, accelerator, settings):
     state = {"learner": learner, "optimizer": optimizer}
     if args.ema_decay:
         state["average"] = average = ModelEmaV3(student, args.ema_decay)
-    facts = load_checkpoint(checkpoint, settings, accelerator, **state) or {"step": 0, "sums": [0, 0], "curve": []}
+    facts = load_checkpoint(checkpoint, settings, accelerator, **state)
+    facts = facts or {"step": 0, "sums": [0, 0], "first": 0, "curve": []}
     with blaming(checkpoint):  # which may be of a version with facts of another form
-        first_step, sums = int(facts["step"]), [float(x) for x in facts["sums"]]
+        first_step, sums, first = int(facts["step"]), [float(x) for x in facts["sums"]], float(facts["first"])
         curve = [[int(step), float(loss), float(same)] for step, loss, same in facts["curve"]]
     accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
     # All is where it should be: AdamW counts its steps on the CPU, for on a GPU it would wait for each parameter's.
@@ -280,6 +281,8 @@ def train(student, teacher, views, args, accelerator, settings):
             sums += torch.stack([loss.detach(), agreement]) / args.gradient_accumulation_steps
         if args.ema_decay:
             average.update(student, step + 1)
+        if step == 0:  # an imprinted student may answer images that are unlike the supports worse than by guessing
+            first = accelerator.reduce(loss.detach(), "mean").item()
 
         saves = (step + 1) % args.checkpointing_steps == 0 and step + 1 < args.max_train_steps
         shows = (step + 1) % interval == 0 or step + 1 == args.max_train_steps
@@ -294,13 +297,13 @@ def train(student, teacher, views, args, accelerator, settings):
             progress.set_postfix(loss=f"{loss:.4f}", as_teacher=f"{agreement:.1%}")
             values = {"distillation/loss": loss, "distillation/agreement": agreement}
             accelerator.log(values | {"learning_rate": learning_rate(step, args)}, step + 1)
-            if loss > DIVERGED * ignorance:
-                raise UserError(f"the loss is {loss:.3g} by step {step}, and a student that knows nothing has "
-                                f"{ignorance:.3g}: training diverges. Use a smaller --learning_rate.")  # fmt: skip
+            if loss > DIVERGED * max(ignorance, first):
+                raise UserError(f"the loss is {loss:.3g} by step {step}, {first:.3g} at first, {ignorance:.3g} where a "
+                                "student knows nothing: it diverges. Use a smaller --learning_rate.")  # fmt: skip
         progress.update()
         if saves:
             if accelerator.is_main_process:
-                facts = {"settings": settings, "step": step + 1, "sums": sums.tolist(), "curve": curve}
+                facts = {"settings": settings, "step": step + 1, "sums": sums.tolist(), "first": first, "curve": curve}
                 facts["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else None
                 save_checkpoint(checkpoint, facts, **state)
             accelerator.wait_for_everyone()
@@ -361,6 +364,9 @@ def main(args):
         if args.query_dir and accelerator.is_main_process:
             finish(models.load_model(output_dir), classes, paths, read_json(output_dir / "distill.json"), args)
         return
+    taken = [name for name in ("config.json", "model.safetensors") if (output_dir / name).is_file()]
+    if taken and models.class_names(output_dir) != classes:
+        raise UserError(f"{output_dir / taken[-1]} is there, and not of this script: give another --output_dir.")
 
     teacher = load_teacher(args, map(open_image, paths), labels, accelerator.device)
     student, is_trained = models.load_student(args, classes)

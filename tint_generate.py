@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional as TF
 from tqdm.auto import tqdm
 
 from common import diffusion
-from common.cli import UserError, argument_parser, non_negative, note, positive_int, run
+from common.cli import UserError, argument_parser, non_negative, note, positive_int, run, share
 from common.generated import agreement, level_of
 from common.images import as_picture, as_tensor, encode_image, load_image, save_grid, with_labels
 from common.inversion import EMBEDS, open_inversions
@@ -127,8 +127,8 @@ def starting_point(rows, folders, schedule, prompt_embeds, empty, args):
         first_step = num_steps - (alpha * num_steps).round().long()
         abar = torch.tensor(schedule.abar)[first_step][:, None, None, None]
         return abar.sqrt() * of_supports("image_latents") + (1 - abar).sqrt() * noise, prompt_embeds, null, first_step
-    share = (1 - args.null_text_fade * alpha).clamp(min=0)[:, None, None, None]
-    null = empty + share * of_supports("null_offsets")
+    kept = (1 - args.null_text_fade * alpha).clamp(min=0)[:, None, None, None]
+    null = empty + kept * of_supports("null_offsets")
     return blend(of_supports("latents"), noise, alpha), prompt_embeds, null, first_step
 
 
@@ -213,8 +213,6 @@ def check_arguments(args):
         raise UserError(f"--alpha {args.alpha}: give numbers between 0 and 1, or the word uniform alone.")
     if args.guidance_scale and len(args.guidance_scale) not in (1, len(args.alpha)):
         raise UserError(f"--guidance_scale {args.guidance_scale}: give one number, or one for each --alpha.")
-    if args.filter_threshold is not None and not 0 <= args.filter_threshold < 1:
-        raise UserError(f"--filter_threshold {args.filter_threshold}: must be a confidence, at least 0 and below 1.")
 
 
 def recorded_settings(args):
@@ -227,11 +225,10 @@ def recorded_settings(args):
 
 def read_rows(path):
     """The rows of a file of metadata; none where it is missing, or another run that ends takes it away."""
-    try:
+    with suppress(FileNotFoundError):
         rows = [row for row in read_json_lines(path) if isinstance(row, dict)]
-    except FileNotFoundError:
-        return []
-    return [row for row in rows if all(isinstance(row.get(k, default), kind) for k, kind, default in FIELDS)]
+        return [row for row in rows if all(isinstance(row.get(k, default), kind) for k, kind, default in FIELDS)]
+    return []
 
 
 def read_finished(args):
@@ -401,7 +398,7 @@ def parse_args(argv=None):
     add("--guidance_steps", type=positive_int, default=7, help="steps at which the unconditional prediction is made, "
         "spread evenly, its difference from the conditional being kept in between; as many as inversion took, or more: "
         "all (the paper)")  # fmt: skip
-    add("--filter_threshold", type=float, help="drop what the teacher gives to another class with more confidence")
+    add("--filter_threshold", type=share, help="drop what the teacher gives to another class with more confidence")
     add("--teacher", default="assets/teacher", help="the filter's backbone: model folder, timm name or hf-hub:name")
     add("--teacher_image_size", type=positive_int, help="the teacher's input side; default: its own")
     add("--support_dir", help="support images, for the teacher; default: where they were inverted from")

@@ -306,18 +306,13 @@ def invert_classes(names, paths, known, settings, pipe, schedule, upscaler, args
         decoded = {k: torch.cat([diffusion.decode_latents(pipe, z[None]) for z in result[k]]) for k in kinds}
         sides = [min(open_image(path).size) for path in paths[name]]
         facts = {
-            "settings": settings[name],
-            "class": name,
-            "support_dir": str(Path(args.support_dir).resolve()),
-            "placeholder_token": words[c],
-            "initializer_token": initializers[c],
-            "images": [name_of(path, name, args) for path in paths[name]],
-            "image_size": min([args.resolution, *sides]),
-            "original_size": min(sides),
-            "textual_inversion_loss": curves[c],
+            "settings": settings[name], "class": name, "support_dir": str(Path(args.support_dir).resolve()),
+            "placeholder_token": words[c], "initializer_token": initializers[c],
+            "images": [name_of(path, name, args) for path in paths[name]], "original_size": min(sides),
+            "image_size": min([args.resolution, *sides]), "textual_inversion_loss": curves[c],
             "null_text_steps": result["num_steps"].tolist(),
             "reconstruction_psnr_db": {kind: psnr(x, images[c]).tolist() for kind, x in decoded.items()},
-        }
+        }  # fmt: skip
         tensors = {k: result[k] for k in ("latents", "null_offsets")} | {"image_latents": latents[c].half()}
         write_inversion(root / name, facts, vectors[c], tensors, [images[c], *decoded.values()], known)
     remove_folder(partial)

@@ -30,8 +30,11 @@ from common.cli import HelpFormatter, UserError, run
 from common.images import load_folder
 from common.runtimes import open_exported
 
-PRECISIONS = {"fp32": 1e-3, "fp16": 0.1, "int8": 1.5, "int8_tensorrt": 1.5}  # and the largest difference expected
+# And the largest difference expected. Of random weights, with batch normalisation that has seen two batches, answers to
+# different images differ so little that the noise of 8 bits was found to be up to 1.6 of their standard deviations.
+PRECISIONS = {"fp32": 1e-3, "fp16": 0.1, "int8": 2.0, "int8_tensorrt": 2.0}
 BATCH_SIZES = (1, 2, 33)
+STEPS = {"fastvit_t8": 40}  # after two steps its answers to different images hardly differ: 8 bits show 5.2 of that
 OUTCOMES = {
     "works": "work in all that they promise",
     "is refused": "are refused before any work",
@@ -69,7 +72,8 @@ def try_family(name, size, folder):
     chosen = ["--student_image_size", str(size)] if size else []
     distill.main(distill.parse_args([
         "--support_dir", str(folder / "support"), "--supports_only", "--student", name, *chosen, "--output_dir",
-        str(folder / name), "--max_train_steps", "2", "--train_batch_size", "4", "--learning_rate", "1e-5",
+        str(folder / name), "--max_train_steps", str(STEPS.get(name, 2)), "--train_batch_size", "4",
+        "--learning_rate", "1e-5",
     ]))  # fmt: skip
     stranger = timm.create_model(f"local-dir:{folder / name}", pretrained=True).eval()
     images = load_folder(folder / "query", models.input_size(stranger)[0])[0][: max(BATCH_SIZES)]

@@ -25,7 +25,7 @@ from PIL import Image
 from common import icons_fs
 from common.cli import UserError, argument_parser, natural_int, positive_int, refusing, run
 from common.images import as_picture, find_images, list_images, open_image
-from common.records import check_settings, digest, read_json, settings_of, whole_folder, write_json
+from common.records import check_settings, digest, keep_apart, read_json, settings_of, whole_folder, write_json
 
 SPLITS = Path(__file__).parent.parent / "assets" / "splits"
 MISSING = {
@@ -209,12 +209,6 @@ def write_images(dataset, chosen, folder):
                     dataset.open(name, reference).save(target)
 
 
-def write_supports(dataset, num_ways, num_shots, seed, index, folder):
-    """Writes the supports of an episode as `folder`/<class>/*.png."""
-    order = draw_episode(dataset, num_ways, num_shots, seed, index)
-    write_images(dataset, {name: drawn[:num_shots] for name, drawn in order.items()}, folder)
-
-
 def add_options(add, dataset=None):
     """The options that say which episodes are meant; without --dataset, `dataset` is."""
     add("--dataset", default=dataset, help=f"{', '.join(DATASETS)}, or a folder of class folders with splits.json")
@@ -225,6 +219,7 @@ def add_options(add, dataset=None):
 
 
 def main(args):
+    keep_apart(args)
     output_dir = Path(args.output_dir)
     record, settings = output_dir / "episode.json", settings_of(args)
     if not check_settings(record, settings) and (output_dir / "support").exists():

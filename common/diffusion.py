@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from common.cli import UserError, refusing
 from common.memory import peak_bytes
-from common.records import fingerprint_tensors, read_json
+from common.records import digest, fingerprint_tensors, read_json
 
 for logging in (diffusers_logging, transformers_logging):
     logging.disable_progress_bar()
@@ -78,16 +78,18 @@ def load_networks(name_or_path, device, mixed_precision, revision, variant, stam
         )  # fmt: skip
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
         unet, width = pipe.unet.config, pipe.text_encoder.config.hidden_size
-    if unet.addition_embed_type or unet.cross_attention_dim != width or unet.in_channels != unet.out_channels:
+    more = ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "time_cond_proj_dim")
+    if any(map(unet.get, more)) or unet.cross_attention_dim != width or unet.in_channels != unet.out_channels:
         raise UserError(
             f"{name_or_path} is no Stable Diffusion 1.x or 2.x model: its UNet takes more than latents, a time and the "
-            "embeddings of one text, as that of SDXL or of inpainting does."
+            "embeddings of one text, as that of SDXL, of unCLIP or of inpainting does."
         )
     if pipe.scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
         raise UserError(f"{name_or_path} predicts {pipe.scheduler.config.prediction_type}: not supported.")
     modules, config = (pipe.unet, pipe.vae, pipe.text_encoder), pipe.scheduler.config
     tensors = [item for module in modules for item in module.state_dict().items()]
     meaning = f"{config.prediction_type}/{config.timestep_spacing}/{pipe.vae.config.scaling_factor}"
+    meaning += f"/{config.steps_offset}/{config.set_alpha_to_one}/{digest(pipe.tokenizer.get_vocab())}"
     pipe.fingerprint = fingerprint_tensors([*tensors, (meaning, pipe.scheduler.alphas_cumprod)])
     for module in modules:
         module.requires_grad_(False).eval()
@@ -183,10 +185,8 @@ def bytes_of_a_latent(pipe, side, trained=False):
     side //= pipe.vae_scale_factor
     with torch.set_grad_enabled(trained):
         embeds = encode_prompts(pipe, [""]).detach().to(pipe.unet.dtype).requires_grad_(trained)
-        z, timestep = (
-            embeds.new_zeros(1, pipe.unet.config.in_channels, side, side),
-            embeds.new_zeros((), dtype=torch.long),
-        )
+        z = embeds.new_zeros(1, pipe.unet.config.in_channels, side, side)
+        timestep = embeds.new_zeros((), dtype=torch.long)
 
         def predict():
             eps = pipe.unet(z, timestep, embeds[:]).sample  # a FlopCounterMode may watch, which takes no leaf

@@ -55,14 +55,15 @@ def embed(folder, teacher, classes, batch_size):
     samples, rows, found = open_samples(folder, size), [], []
     while batch := list(itertools.islice(samples, batch_size)):
         rows += [row for row, _ in batch]
-        if strangers := {row["label"] for row in rows} - set(classes):
+        if strangers := {str(row.get("label")) for row in rows} - set(classes):
             raise UserError(f"{folder} has images of {', '.join(sorted(strangers))}, of which there are no supports.")
         found.append(teacher.embed(torch.stack([as_tensor(image) for _, image in batch]).to(device)))
     if not found:
         raise UserError(f"{folder} holds no image.")
     f = torch.cat(found)
-    labels = torch.tensor([classes.index(row["label"]) for row in rows])
-    return f.cpu(), (f @ teacher.prototypes.T).argmax(-1).cpu(), labels, [row.get("alpha") for row in rows]
+    labels = torch.tensor([classes.index(str(row["label"])) for row in rows])
+    alphas = [x if isinstance(x, int | float) and 0 <= x <= 1 else None for x in (row.get("alpha") for row in rows)]
+    return f.cpu(), (f @ teacher.prototypes.T).argmax(-1).cpu(), labels, alphas
 
 
 def level_of(alpha, drawn):

@@ -22,8 +22,8 @@ with suppress(ImportError):
     register_heif_opener()
 
 # Of what Pillow reads, what photographs and drawings are stored in: other formats are no images, or start programs.
-FORMATS = ["AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD", "QOI", "SGI",
-           "TGA", "TIFF", "WEBP"]  # fmt: skip
+FORMATS = ["AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "PSD", "QOI",
+           "SGI", "TGA", "TIFF", "WEBP"]  # fmt: skip
 EXTENSIONS = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
 Image.MAX_IMAGE_PIXELS = 1 << 28  # phones take 200 million; of twice as many Pillow makes an error
 FORMATS = [name for name in FORMATS if name in Image.OPEN]  # AVIF and HEIF, where they are built in or installed
@@ -122,10 +122,10 @@ def require_unseen(queries, trained_on):
         raise UserError(f"{query} is the same image as {twin}: what was trained on cannot test. Move one away.")
 
 
-def open_image(path):
+def open_image(path, name=None):
     """The image as an RGB PIL image: upright as its EXIF data say, transparent parts white, 16-bit grey scaled to 8. A
-    UserError names a file that cannot be read as an image."""
-    with refusing(f"{path} cannot be read as an image ({{error}}): replace it, or move it away."):
+    UserError names a file that cannot be read as an image, by `name` where `path` is an open file."""
+    with refusing(f"{name or path} cannot be read as an image ({{error}}): replace it, or move it away."):
         with Image.open(path, formats=FORMATS) as image:
             image.load()
             with suppress(Exception):  # data that cannot be read say nothing

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from timm.models import get_model_input_config
 from timm.models._hub import save_config_for_hf
 from torch import nn
+from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
@@ -33,7 +34,8 @@ PICKLE = ValueError("its weights are a pickle file, and only safetensors are rea
 
 def load_model(name_or_path, pretrained=True, image_size=None, checkpoint=None, **kwargs):
     """A timm model in eval mode from a model folder, a timm name, or a hub name (`hf-hub:...`), of its own input side
-    or `image_size`. The weights of a safetensors file `checkpoint` replace the model's, but for the classifier's."""
+    or `image_size`. The weights of a safetensors file `checkpoint` replace the model's, but for the classifier's. A
+    UserError says that it cannot be loaded, or takes no images of that side."""
     folder = Path(name_or_path)
     if folder.is_dir():
         if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
@@ -56,7 +58,11 @@ def load_model(name_or_path, pretrained=True, image_size=None, checkpoint=None, 
             model.pretrained_cfg["input_size"] = (3, image_size, image_size)
     if checkpoint:
         load_weights(model, checkpoint)
-    return model.eval()
+    model.eval()
+    size = model.pretrained_cfg.get("input_size")
+    with torch.no_grad(), refusing(f"{name_or_path} takes no images of {size} ({{error}}): give another size."):
+        with_head(model)(torch.zeros(1, 3, *input_size(model)))
+    return model
 
 
 def load_student(args, classes):
@@ -111,12 +117,12 @@ def save_model(model, folder, classes, as_it_is=True):
         f"{model.pretrained_cfg['architecture']} at {input_size(model)[0]} pixels cannot be used, or not be saved as "
         "it is ({error}): choose another student or --student_image_size."
     ):
-        save_tensors(Path(folder) / "model.safetensors", model.state_dict())
-        with whole_file(Path(folder) / "config.json") as temporary:
+        with whole_file(Path(folder) / "config.json") as temporary:  # first: it says whose weights they are
             save_config_for_hf(model, temporary, {"label_names": list(classes)}, data_config=data_config)
         if is_ours(model):
             with whole_file(Path(folder) / "architectures.py") as temporary:
                 shutil.copyfile(architectures.__file__, temporary)
+        save_tensors(Path(folder) / "model.safetensors", model.state_dict())
         loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         if as_it_is:
             x = torch.randn(2, 3, *input_size(model), generator=torch.Generator().manual_seed(0))
@@ -167,8 +173,9 @@ def memory_format(model):
 
 def count_flops(model):
     """Operations of one image, multiplications and additions, by PyTorch's counter."""
+    weights = {name: x.detach() for name, x in model.named_parameters()}  # the counter takes no leaf as an input
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, 3, *input_size(model), device=next(model.parameters()).device))
+        functional_call(model, weights, torch.zeros(1, 3, *input_size(model), device=next(model.parameters()).device))
     return counter.get_total_flops()
 
 

@@ -109,12 +109,10 @@ def plan(m, episode_seconds, query_seconds, half_width=None, budget_seconds=None
     others = {round(chosen["num_queries"] / ways * factor) for factor in (1 / 16, 1 / 4, 1 / 2, 2, 4, 16)}
     others = sorted(i - 1 for i in others - {chosen["num_queries"] // ways} if 1 <= i <= len(queries))
     return {
-        "plan": chosen,
-        "low": best(low)[0],
-        "high": best(high)[0],
+        "plan": chosen, "low": best(low)[0], "high": best(high)[0],
         "alternatives": [row(episodes[i], queries[i]) for i in others if episodes[i] >= 2],
         "customary": row(600, min(15 * ways, queries[-1])),
-    }
+    }  # fmt: skip
 
 
 def next_stage(pilot, m, half_width):

@@ -23,7 +23,7 @@ from safetensors.torch import save
 from common.cli import UserError, refusing
 
 FINGERPRINT = re.compile("[0-9a-f]{16}")
-INPUTS = ("model", "teacher", "student", "pretrained_model_name_or_path")  # options that may name a folder
+INPUTS = ("model", "teacher", "student", "dataset", "pretrained_model_name_or_path")  # options that may name a folder
 TEMPORARY = re.compile(r"\..+\.(\w+)-(\d+)\.part")  # of the machine and the process that write it
 
 
@@ -159,8 +159,8 @@ def keep_apart(args):
             source = folder.resolve()
             relations = {"is": output == source, "lies in": source in output.parents, "holds": output in source.parents}
             relation = next((name for name, is_so in relations.items() if is_so), None)
-            in_the_way = relation != "holds" or option not in ("dataset_dir", "web_dir")  # beside evaluate.py's results
-            if relation and in_the_way and folder.is_dir():
+            beside = relation == "holds" and option in ("dataset", "dataset_dir", "web_dir")  # evaluate.py's results
+            if relation and not beside and folder.is_dir():
                 raise UserError(f"--output_dir {args.output_dir} {relation} --{option} {value}: keep them apart.")
 
 

@@ -43,7 +43,7 @@ def open_samples(folder, size=None, wanted=None):
     shards = sorted(folder.glob("*.tar"))
     for row, source in read_shards(folder, shards) if shards else read_folder(folder):
         if wanted is None or row["file_name"] in wanted:
-            image = open_image(source)
+            image = open_image(source, folder / row["file_name"])
             yield row, square(image, size) if size else image
 
 

@@ -13,6 +13,13 @@ FORKS = get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.warm"])
 
 
+def warm_up():
+    """Waits until scripts start at once: what a fork finds imported is imported before the first."""
+    first = FORKS.Process(target=int)
+    first.start()
+    first.join()
+
+
 def become(command, cwd, out, err, environment, largest_file):
     """Makes this process the script: `command` is a file or "-m" and a module, and its options. What it starts is of
     its own group."""

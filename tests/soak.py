@@ -161,6 +161,7 @@ DISTURBANCES = {"kills": kills, "neighbours": neighbours, "full_disk": full_disk
 def soak(name, disturbances, base, folder, processes, count, seed):
     """Disturbs one script. Returns {disturbance: what went wrong, or None}."""
     undisturbed = folder / f"{name}-{processes}"
+    launcher.warm_up()  # which would count, and nearly all kills come too late
     before = time.monotonic()
     Launch(name, base, undisturbed, processes).ends()
     seconds, results = time.monotonic() - before, {}

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import tarfile
 
+import numpy as np
+import onnx
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
@@ -24,6 +26,7 @@ from common.cli import UserError, run
 from common.inversion import interrupted
 from common.processes import stopwatch
 from common.records import read_json_lines
+from common.shards import write_shard
 from tests.conftest import PYTHON, ROOT, launch
 
 
@@ -79,6 +82,13 @@ def test_output_among_the_inputs(folder, command, place, relation):
     before = sorted(folder.rglob("*"))
     assert f"{output_dir} {relation} --" in rejected(script, *options, "--output_dir", output_dir)
     assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("script", [("-m", "common.datasets"), ("evaluate.py",)])
+def test_output_in_the_data_set_that_episodes_are_drawn_from(folder, script):
+    output_dir = folder / "support" / "cat" / "new"
+    err = rejected(*script, "--dataset", folder / "support", "--output_dir", output_dir)
+    assert f"{output_dir} lies in --dataset" in err and not output_dir.exists()
 
 
 def test_empty_class(folder):
@@ -155,12 +165,13 @@ def test_kinds_of_diffusion_models_that_are_not_taken(folder):
         weights.with_suffix(".fp16.safetensors").rename(weights)
     config = json.loads((model / "unet" / "config.json").read_text())
     pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
-    config |= {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "block_out_channels": [32, 64],
-               "projection_class_embeddings_input_dim": 64, "down_block_types": ["DownBlock2D"] * 2,
-               "up_block_types": ["UpBlock2D"] * 2, "mid_block_type": None}  # fmt: skip
-    pipe.unet = UNet2DConditionModel.from_config(config)
-    pipe.save_pretrained(model)
-    assert "is no Stable Diffusion 1.x or 2.x model" in invert(folder, *given)
+    config |= {"block_out_channels": [32, 64], "projection_class_embeddings_input_dim": 64, "mid_block_type": None,
+               "down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}  # fmt: skip
+    sdxl = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
+    for more in (sdxl, {"class_embed_type": "projection"}, {"time_cond_proj_dim": 8}):  # as unCLIP, LCM
+        pipe.unet = UNet2DConditionModel.from_config(config | more)
+        pipe.save_pretrained(model)
+        assert "is no Stable Diffusion 1.x or 2.x model" in invert(folder, *given)
 
 
 def test_defaults_from_another_folder(folder):
@@ -211,7 +222,7 @@ def test_alpha_out_of_range(run_dir, tmp_path):
     [
         (("--alpha", 0.5, "uniform"), "the word uniform alone"),
         (("--guidance_scale", 2, 3), "one for each --alpha"),
-        (("--filter_threshold", 1.5), "must be a confidence"),
+        (("--filter_threshold", 1.5), "1.5 is not between 0 and 1"),
         (("--filter_threshold", 0.5, "--support_dir", "/nowhere"), "say where with --support_dir"),
     ],
 )
@@ -237,6 +248,9 @@ def test_damaged_shard(run_dir, tmp_path):
               tmp_path / "student")  # fmt: skip
     err = rejected(*distil)
     assert str(shards) in err and "generate again" in err
+    name = sorted(path.name for path in (run_dir / "support").iterdir())[0]
+    write_shard(shard, [{"label": name, "index": 0, "file_name": f"{name}/0.png"}], [b"no image"])
+    assert f"{shards / name / '0.png'} cannot be read as an image" in rejected(*distil)
     shard.unlink()
     (shards / "metadata.jsonl").unlink()
     err = rejected(*distil)
@@ -260,10 +274,25 @@ def test_generated_classes_that_are_not_the_supports(folder):
 
 
 def test_diverging_distillation_stops(folder):
-    err = rejected("distill.py", "--support_dir", folder / "support", "--supports_only", "--output_dir", folder / "out",
-                   "--learning_rate", 1e30, "--max_train_steps", 40, "--train_batch_size", 4)  # fmt: skip
-    assert "use a smaller --learning_rate" in err
-    assert not (folder / "out" / "model.safetensors").exists()
+    for rate, message in ((1e30, "use a smaller --learning_rate"), (10, "it diverges")):
+        err = rejected("distill.py", "--support_dir", folder / "support", "--supports_only", "--output_dir",
+                       folder / "out", "--learning_rate", rate, "--max_train_steps", 40,
+                       "--train_batch_size", 4)  # fmt: skip
+        assert message in err
+        assert not (folder / "out" / "model.safetensors").exists()
+
+
+def test_a_student_that_is_very_wrong_at_first_does_not_diverge(folder):
+    """An imprinted student may be as sure of other images than the supports as its teacher, and of another class."""
+    others, rng = folder / "others", np.random.default_rng(0)
+    others.mkdir()
+    for path in (*folder.glob("support/*/*.png"), *(others / f"{i}.png" for i in range(6))):
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(path)
+    launch("distill.py", "--support_dir", folder / "support", "--unlabeled_dir", others, "--support_ratio", 0,
+           "--output_dir", folder / "out", "--max_train_steps", 2, "--train_batch_size", 8,
+           "--teacher_scale", 300)  # fmt: skip
+    facts = json.loads((folder / "out" / "distill.json").read_text())
+    assert facts["loss"][0][1] > 10 * facts["loss_of_ignorance"]
 
 
 def test_model_that_does_not_know_the_classes(folder):
@@ -274,10 +303,17 @@ def test_model_that_does_not_know_the_classes(folder):
     assert "nowhere.onnx: no such file" in rejected("evaluate.py", "--model", folder / "nowhere.onnx", *options)
 
 
-def test_onnx_file_that_lacks_a_class(run_dir, folder):
+def test_onnx_file_that_lacks_a_class_or_is_damaged(run_dir, folder):
     err = rejected("evaluate.py", "--model", run_dir / "export" / "student_fp32.onnx", "--data_dir", folder / "support",
                    "--output_dir", folder / "out")  # fmt: skip
     assert "lacks classes" in err and "['cat', 'dog']" in err
+    model = onnx.load(run_dir / "export" / "student_fp32.onnx")
+    facts = {entry.key: entry.value for entry in model.metadata_props}
+    facts["preprocessing"] = json.dumps(json.loads(facts["preprocessing"]) | {"std": [1, {}, 1]})
+    onnx.helper.set_model_props(model, facts)
+    onnx.save(model, folder / "wrong.onnx")
+    err = rejected("evaluate.py", "--model", folder / "wrong.onnx", "--data_dir", folder / "support")
+    assert "is no ONNX file of export.py" in err
 
 
 def test_classes_that_the_tokenizer_cannot_tell_apart(folder):
@@ -302,11 +338,13 @@ def test_output_folder_that_is_a_file(folder):
 
 def test_files_of_the_user_are_not_written_over(run_dir, folder):
     """Where an output folder holds what its script would write, and no record that it was this script's."""
-    for name, content in {"README.md": "mine", "cat/00000.png": "mine", "metadata.jsonl": "{}"}.items():
+    mine = {"README.md": "mine", "model.safetensors": "mine", "config.json": "{}", "cat/00000.png": "mine",
+            "metadata.jsonl": "{}"}  # fmt: skip
+    for name, content in mine.items():
         path = folder / "mine" / name
         path.parent.mkdir(parents=True)
         path.write_text(content)
-        if name == "README.md":
+        if name in ("README.md", "model.safetensors", "config.json"):
             command = ("distill.py", "--support_dir", folder / "support", "--supports_only")
         else:
             command = ("tint_generate.py", "--inversion_dir", run_dir / "inversion")
@@ -443,7 +481,7 @@ def damaged(student, folder, **changes):
 
 
 def test_damaged_configurations(run_dir, tmp_path):
-    """In export and evaluation: half a file, other JSON, names that are none; in export, a wrong size."""
+    """In export and evaluation: half a file, other JSON, names that are none; a wrong size."""
     half = damaged(run_dir / "student", tmp_path / "half")
     (half / "config.json").write_text((half / "config.json").read_text()[:100])
     lists = damaged(run_dir / "student", tmp_path / "list")
@@ -458,7 +496,14 @@ def test_damaged_configurations(run_dir, tmp_path):
     config = json.loads((run_dir / "student" / "config.json").read_text())["pretrained_cfg"]
     other = damaged(run_dir / "student", tmp_path / "size", pretrained_cfg=config | {"input_size": [3, 64, 64]})
     err = rejected("export.py", "--model", other, "--output_dir", tmp_path / "out")
-    assert "takes no images of 64x64, the size in its config.json" in err
+    assert "takes no images of [3, 64, 64]" in err
+    for command in (
+        ("export.py", "--model", run_dir / "student", "--teacher", "assets/student"),
+        ("evaluate.py", "--model", "assets/student", "--data_dir", run_dir / "query", "--support_dir",
+         run_dir / "support"),
+    ):  # fmt: skip
+        err = rejected(*command, "--teacher_image_size", 1, "--output_dir", tmp_path / "out")
+        assert "assets/student takes no images of (3, 1, 1)" in err
 
 
 def test_int8_without_images_and_tensorrt_without_tensorrt(run_dir, tmp_path):

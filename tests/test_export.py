@@ -214,6 +214,9 @@ def test_programs_for_phones_answer_as_pytorch_does(run_dir, tmp_path, monkeypat
     (tmp_path / "student_fp32.pte").write_bytes(b"no program")
     with pytest.raises(UserError, match="is no program for this ExecuTorch"):
         open_exported(tmp_path / "student_fp32.pte", torch.device("cpu"))
+    (tmp_path / "student_int8.pte.json").write_text("{}")
+    with pytest.raises(UserError, match="json is damaged"):
+        open_exported(tmp_path / "student_int8.pte", torch.device("cpu"))
     (tmp_path / "student_int8.pte.json").unlink()
     with pytest.raises(UserError, match="json is missing"):
         open_exported(tmp_path / "student_int8.pte", torch.device("cpu"))
@@ -228,6 +231,21 @@ def test_the_counted_operations_of_conv4():
     positions = [(3 * 32**2), (64 * 16**2), (64 * 8**2), (64 * 4**2)]
     expected = sum(2 * 9 * 64 * n for n in positions) + 2 * 256 * 7
     assert models.count_flops(models.load_model("conv4_64", pretrained=False, num_classes=7)) == expected
+
+
+def test_operations_of_a_model_that_gives_a_weight_to_a_layer_are_counted():
+    assert models.count_flops(models.load_model("pit_ti_distilled_224", pretrained=False)) > 1e9
+
+
+def test_a_student_with_an_upsampling_layer_in_half_precision():
+    """The conversion notes a wrong type behind such a layer, which the checker would not let pass."""
+    torch.manual_seed(0)
+    layers = [torch.nn.Conv2d(3, 4, 3), torch.nn.Upsample(scale_factor=2, mode="bilinear"), torch.nn.Conv2d(4, 2, 3)]
+    student, images = torch.nn.Sequential(*layers, torch.nn.Flatten()), torch.rand(2, 3, 8, 8)
+    half = export.convert_fp16(export.export_graph(student, images, "logits", {0: "batch"}))
+    onnx.checker.check_model(half, full_check=True)
+    (answers,) = onnxruntime.InferenceSession(half.SerializeToString()).run(None, {"images": images.numpy()})
+    np.testing.assert_allclose(answers, student(images).detach().numpy(), atol=2e-3)
 
 
 def test_functions_take_turns_until_each_has_been_called_often():

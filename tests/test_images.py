@@ -96,13 +96,15 @@ def test_every_script_gives_a_model_the_same_pixels(photos, tmp_path, monkeypatc
     expect(40)
 
 
-@pytest.mark.parametrize("suffix", ["bmp", "tiff", "TIF", "gif", "heic", "avif", "jpg", "webp", "jp2", "ppm", "tga"])
+@pytest.mark.parametrize(
+    "suffix", ["bmp", "tiff", "TIF", "gif", "heic", "avif", "jpg", "mpo", "webp", "jp2", "ppm", "tga"]
+)
 def test_formats_of_photographs_are_read(suffix, tmp_path):
     if suffix == "heic":
         pytest.importorskip("pillow_heif")
     image = photo(0, 64, 48)
     (tmp_path / "a").mkdir()
-    lossy = {"quality": 95} if suffix in ("heic", "avif", "jpg") else {}
+    lossy = {"quality": 95} if suffix in ("heic", "avif", "jpg", "mpo") else {}
     image.save(tmp_path / "a" / f"x.{suffix}", **lossy)
     (path,) = list_images(tmp_path)["a"]
     difference = np.abs(np.asarray(open_image(path), float) - np.asarray(image, float)).mean()

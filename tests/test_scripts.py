@@ -26,6 +26,7 @@ import tint_invert
 from benchmarks.flops import stable_diffusion_1_5
 from common import diffusion, models
 from common.images import load_folder, load_image
+from common.records import write_json_lines
 from tests.conftest import (
     INVERT,
     PYTHON,
@@ -305,6 +306,17 @@ def test_specificity_and_diversity_of_a_generated_folder(run_dir, tmp_path):
     assert "Cosine distance to the nearest support" in (tmp_path / "report.html").read_text()
 
 
+def test_alphas_of_somebody_elses_metadata_count_for_none(run_dir, tmp_path):
+    rows = rows_of(run_dir / "generated")
+    shutil.copytree(run_dir / "generated", tmp_path / "generated")
+    rows = [row | {"alpha": alpha} for row, alpha in zip(rows, [[], {}, "x", float("nan"), 7] * 3)]
+    write_json_lines(tmp_path / "generated" / "metadata.jsonl", rows)
+    launch("evaluate.py", "--generated_dir", tmp_path / "generated", "--support_dir", run_dir / "support",
+           "--output_dir", tmp_path / "out")  # fmt: skip
+    ((found,),) = json.loads((tmp_path / "out" / "results.json").read_text())["sets"].values()
+    assert found["alpha"] is None and found["images"] == len(rows)
+
+
 @pytest.mark.parametrize("by", [THREE_PROCESSES, TWO_NODES], ids=["three processes", "two nodes"])
 def test_inversion_does_not_depend_on_batching_or_processes(run_dir, tmp_path, by):
     """Of three processes one has no class."""
@@ -469,9 +481,11 @@ def test_a_diffusion_model_is_known_by_its_weights_and_precision(run_dir, tmp_pa
     save_file({k: v * 2 for k, v in load_file(weights).items()}, weights, {"format": "pt"})
     launch(*invert)  # it is the model of before
     scheduler = tmp_path / "model" / "scheduler" / "scheduler_config.json"
-    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"prediction_type": "v_prediction"}))
-    _, err = launch(*invert, code=2)
-    assert "model_weights changed" in err
+    config = json.loads(scheduler.read_text())
+    for change in ({"prediction_type": "v_prediction"}, {"set_alpha_to_one": True}):
+        scheduler.write_text(json.dumps(config | change))
+        _, err = launch(*invert, code=2)
+        assert "model_weights changed" in err
 
 
 def test_classes_of_a_batch_stay_together_when_killed_between_them(run_dir, tmp_path, monkeypatch):

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.cli import refusing
-from common.models import normalize, resize
+from common.cli import UserError, refusing
+from common.models import input_size, normalize, resize
+from common.records import blaming, read_json
 
 
 def as_input(model, images, includes_preprocessing):
@@ -96,8 +97,16 @@ class Runtime:
         batch_size = json.loads(metadata["batch_size"])
         if not isinstance(self.includes_preprocessing, bool) or not isinstance(batch_size or 1, int):
             raise ValueError("its metadata are damaged")
-        if batch_size:
-            self.max_batch_size, self.fixed = batch_size, True
+        self.fixed, self.max_batch_size = bool(batch_size), batch_size or self.max_batch_size
+        normalize(self, torch.zeros(1, 3, *input_size(self)))  # which fails where numbers of it are none
+
+    def describe_beside(self, path):
+        """Takes the metadata from the file that export.py wrote beside `path`."""
+        facts = Path(f"{path}.json")
+        if not facts.is_file():
+            raise UserError(f"{facts} is missing: export.py writes it beside the other file.")
+        with blaming(facts):
+            self.describe(read_json(facts))
 
     def prepare(self, images):
         """Images [B, 3, H, W] in [0, 1] to what `run` takes, a tensor on the CPU."""

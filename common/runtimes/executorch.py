@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from common.cli import UserError, refusing
+from common.cli import refusing
 from common.models import input_size
 from common.preprocessing import WithPreprocessing
-from common.records import read_json, whole_file, write_json
+from common.records import whole_file, write_json
 from common.runtimes.base import Runtime, as_input
 from common.runtimes.onnxruntime import metadata_of
 
@@ -85,10 +85,7 @@ class ExecuTorch(Runtime):
         self.require()
         from executorch.runtime import Runtime as Programs
 
-        facts = Path(f"{path}.json")
-        if not facts.is_file():
-            raise UserError(f"{facts} is missing: export.py writes it beside the program.")
-        self.describe(read_json(facts))
+        self.describe_beside(path)
         with refusing(f"{path} is no program for this ExecuTorch ({{error}}): export it again.", RuntimeError):
             self.program = Programs.get().load_program(Path(path))  # it has to outlive the method
             self.method = self.program.load_method("forward")
