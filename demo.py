@@ -61,9 +61,13 @@ ENOUGH = 8  # photos of each class, of which some can be held out
 def hold_out(photos, folder, root, seed):
     """Copies a quarter of each class to root/query and the rest to root/support, unless that is done. The lot of a
     photo depends on its name alone: another photo does not change it."""
+
+    def lot(path):
+        return generator(seed, "held out", path.relative_to(folder).as_posix()).initial_seed()
+
     parts = {"support": [], "query": []}
     for paths in photos.values():
-        drawn = sorted(paths, key=lambda path: lot(seed, path.relative_to(folder)))
+        drawn = sorted(paths, key=lot)
         parts["query"] += drawn[: len(drawn) // 4]
         parts["support"] += drawn[len(drawn) // 4 :]
     require_unseen(parts["query"], parts["support"])
@@ -74,10 +78,6 @@ def hold_out(photos, folder, root, seed):
                     target = temporary / path.relative_to(folder)
                     target.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(path, target)
-
-
-def lot(seed, path):
-    return generator(seed, "held out", path.as_posix()).initial_seed()
 
 
 def find_photos(args, root):

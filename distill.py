@@ -35,16 +35,18 @@ from common.cli import (
     positive,
     positive_int,
     positive_share,
+    refuse_others,
+    refusing,
     run,
     share,
 )
 from common.images import find_images, list_images, load_image, open_image, require_unseen, with_labels
-from common.memory import announce, batch_bytes
+from common.memory import announce, batch_bytes, bytes_of
 from common.processes import as_main_sees, cores_of_a_process, generator, seeded, start
 from common.records import blaming, check_settings, fingerprint, read_json, settings_of, whole_file, write_json
 from common.report import TEMPLATES, with_interval
 from common.shards import list_samples, open_samples
-from common.teachers import SPECIALISATIONS, augmentation, for_views, load_teacher
+from common.teachers import SPECIALISATIONS, augmentation, for_views, make_teacher
 
 TRAIN_DIR = "outputs/demo/generated"
 UNKNOWN = -1  # the label of an image that nobody has labelled
@@ -168,7 +170,7 @@ class Learner(nn.Module):
         return logits, self.projection(torch.cat(seen, -1))
 
 
-def needs(teacher, student, num_classes, args):
+def needs(teacher, student, num_supports, num_classes, args):
     """Passes forward and back on noise with a copy of the student. Returns the modules that training holds, as often as
     it does, and {what is done: the bytes of activations at its peak} of a batch of views.
 
@@ -176,7 +178,9 @@ def needs(teacher, student, num_classes, args):
         UserError: an input size that the student's layers cannot take, batch normalisation of one view, ...
     """
     size = models.input_size(student)
-    try:
+    views = f"{args.train_batch_size} views a batch of {size[0]}x{size[1]} pixels"
+    with refusing(f"--student {args.student} cannot be trained on {views} ({{error}}): give another "
+                  "--student_image_size, --train_batch_size or --student."):  # fmt: skip
         learner = Learner(copy.deepcopy(student), 1 if args.feature_weight else None).train()
         for parameter in learner.parameters():
             parameter.grad = torch.zeros_like(parameter)  # no activation
@@ -188,11 +192,9 @@ def needs(teacher, student, num_classes, args):
             (logits.sum() + (features.sum() if args.feature_weight else 0)).backward()
 
         parts = {"training (--train_batch_size)": batch_bytes(learn, args.train_batch_size)}
-    except Exception as error:  # a network raises any kind
-        views = f"{args.train_batch_size} views a batch of {size[0]}x{size[1]} pixels"
-        raise UserError(f"--student {args.student} cannot be trained on {views} ({error}): give another "
-                        "--student_image_size, --train_batch_size or --student.") from error  # fmt: skip
     parts["the teacher (--train_batch_size)"] = models.answering_bytes(teacher, args.train_batch_size)
+    if args.teacher_specialization == "fine_tune":  # of a copy, with AdamW's two moments, on supports and views of them
+        parts["its training"] = 3 * bytes_of(teacher) + models.answering_bytes(teacher, 2 * num_supports, trained=True)
     return [teacher, *[student] * (5 if args.ema_decay else 4)], parts  # gradients, AdamW's two moments, the average
 
 
@@ -345,7 +347,7 @@ def main(args):
         raise UserError(f"{args.support_dir} holds one class only: there is nothing to tell apart.")
     classes, (paths, labels) = list(by_class), with_labels(by_class)
     if (card := output_dir / "README.md").is_file() and b"library_name: timm" not in card.read_bytes():
-        raise UserError(f"{card} is there, and not of this script: give another --output_dir.")
+        refuse_others(card)
     train_dir, unlabeled = list_others(args)
     samples = list_samples(train_dir, classes) if train_dir else {}
     if args.query_dir:  # a mistake is better known now than after the training
@@ -364,13 +366,13 @@ def main(args):
         if args.query_dir and accelerator.is_main_process:
             finish(models.load_model(output_dir), classes, paths, read_json(output_dir / "distill.json"), args)
         return
-    taken = [name for name in ("config.json", "model.safetensors") if (output_dir / name).is_file()]
-    if taken and models.class_names(output_dir) != classes:
-        raise UserError(f"{output_dir / taken[-1]} is there, and not of this script: give another --output_dir.")
+    if models.class_names(output_dir) != classes:
+        refuse_others(output_dir / "model.safetensors", output_dir / "config.json")
 
-    teacher = load_teacher(args, map(open_image, paths), labels, accelerator.device)
+    backbone = models.load_model(args.teacher, True, args.teacher_image_size, args.teacher_checkpoint)
     student, is_trained = models.load_student(args, classes)
-    announce(*needs(teacher.model, student, len(classes), args), accelerator.device)
+    announce(*needs(backbone, student, len(paths), len(classes), args), accelerator.device)
+    teacher = make_teacher(backbone.to(accelerator.device), args, map(open_image, paths), labels)
     if is_trained:
         supports = torch.stack([load_image(path, models.input_size(student)[0]) for path in paths])
         imprint(student, supports, labels, args.teacher_scale)

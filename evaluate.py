@@ -43,7 +43,7 @@ from common.generated import evaluate_generated
 from common.images import count_supports, list_images, load_image, with_labels
 from common.memory import announce
 from common.processes import start
-from common.records import provenance, write_json
+from common.records import provenance, refuse_other_results, write_json
 from common.report import data_uri, generated_table, points, with_interval, write_report
 from common.runtimes import OPENED_BY, open_exported
 
@@ -71,9 +71,7 @@ def load_classifier(path, classes, args, device):
         hint = f" Remove their folders, or say prototypes:{path} to classify by prototypes of --support_dir."
         require(classes, names, path, args.data_dir, hint)
     elif not args.support_dir:
-        raise UserError(
-            f"{path} does not know the classes of {args.data_dir}: give --support_dir, to classify by prototypes."
-        )
+        raise UserError(f"{path} does not know the classes of {args.data_dir}: give --support_dir, for prototypes.")
     model = models.load_model(path, image_size=args.teacher_image_size if by_prototypes else None).to(device)
     announce([model], {f"{path} (--batch_size)": models.answering_bytes(model, args.batch_size)}, device)
     if not by_prototypes:
@@ -198,6 +196,7 @@ def main(args):
         raise UserError("--compare and --method say what --half_width or --plan is for: give one of these.")
     if args.half_width is not None and not args.dataset:
         raise UserError("--half_width needs --plan, or --dataset and a pilot of --num_episodes.")
+    refuse_other_results(Path(args.output_dir) / "results.json", ("accuracy", "benchmark", "generated"))
     rank = episodes.leave_group() if args.dataset else 0
     accelerator = start(args)
     if args.dataset:

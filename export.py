@@ -24,7 +24,7 @@ from common.memory import announce
 from common.preprocessing import CentralSquare, WithPreprocessing
 from common.processes import start
 from common.quantization import convert_int8
-from common.records import provenance, whole_file, write_json
+from common.records import provenance, refuse_other_results, whole_file, write_json
 from common.report import points, write_report
 from common.runtimes import RUNTIMES
 from common.runtimes.base import Student, as_input, log_probabilities
@@ -238,6 +238,7 @@ def main(args):
     if not classes:
         raise UserError(f"{args.model} is no folder of a trained student: give one that distill.py wrote.")
     refuse(args)
+    refuse_other_results(Path(args.output_dir) / "benchmark.json", ("export",))
     accelerator = start(args)
     if not accelerator.is_main_process:
         return  # one process exports; a second would only disturb its timing

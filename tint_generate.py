@@ -20,13 +20,12 @@ import torch
 from torchvision.transforms.v2 import functional as TF
 from tqdm.auto import tqdm
 
-from common import diffusion
-from common.cli import UserError, argument_parser, non_negative, note, positive_int, run, share
+from common import diffusion, models
+from common.cli import UserError, argument_parser, non_negative, note, positive_int, refuse_others, run, share
 from common.generated import agreement, level_of
 from common.images import as_picture, as_tensor, encode_image, load_image, save_grid, with_labels
 from common.inversion import EMBEDS, open_inversions
 from common.memory import announce
-from common.models import PrototypeClassifier, features, held_out_accuracy, input_size, load_model, weights_of
 from common.processes import generator, peak_memory, share_out, start
 from common.records import (
     check_settings,
@@ -163,19 +162,19 @@ def load_teacher(folders, args, device):
     if missing or len(folders) < 2:
         why = f"{missing[0]} is missing: say where with --support_dir" if missing else "there is one class only"
         raise UserError(f"The teacher needs the support images of two classes or more, and {why}.")
-    model = load_model(args.teacher, image_size=args.teacher_image_size).to(device)
-    supports = torch.stack([load_image(path, input_size(model)[0]) for path in paths]).to(device)
-    teacher = PrototypeClassifier(model, supports, labels)
+    model = models.load_model(args.teacher, image_size=args.teacher_image_size).to(device)
+    supports = torch.stack([load_image(path, models.input_size(model)[0]) for path in paths]).to(device)
+    teacher = models.PrototypeClassifier(model, supports, labels)
     with torch.no_grad():
-        f = torch.cat([features(model, batch) for batch in supports.split(64)]).cpu()
-    return teacher, held_out_accuracy(f, labels)
+        f = torch.cat([models.features(model, batch) for batch in supports.split(64)]).cpu()
+    return teacher, models.held_out_accuracy(f, labels)
 
 
 @torch.no_grad()
 def drop_strangers(rows, images, teacher, names, threshold):
     """Notes in the rows of a batch of images which of them, as they will be written, the teacher gives to another class
     with a confidence above the threshold: these are dropped."""
-    size = input_size(teacher)[0]
+    size = models.input_size(teacher)[0]
     pictures = torch.stack([as_tensor(as_picture(x), size) for x in images])
     confidences, answers = teacher(pictures.to(teacher.center.device)).softmax(-1).max(-1)
     for row, confidence, answer in zip(rows, confidences.tolist(), answers.tolist()):
@@ -295,12 +294,11 @@ def main(args):
                         "again, or, if meant so, name the model with --pretrained_model_name_or_path.")  # fmt: skip
     settings = recorded_settings(args)
     settings |= {"model_weights": pipe.fingerprint, "mixed_precision": accelerator.mixed_precision}
-    settings["teacher_weights"] = None if args.filter_threshold is None else weights_of(args.teacher)
+    settings["teacher_weights"] = None if args.filter_threshold is None else models.weights_of(args.teacher)
     settings["inversions"] = {k: v for facts in folders.values() for k, v in facts["fingerprints"].items()}
     may_grow = ("inversions",) if args.format == "folder" else ()
     if not check_settings(output_dir / "generation.json", settings, may_grow):
-        for path in (p for k in (f"*/*.{args.image_format}", "*.jsonl", "grid.png") for p in output_dir.glob(k)):
-            raise UserError(f"{path} is there, and {output_dir} has no generation.json: give another --output_dir.")
+        refuse_others(*(p for k in (f"*/*.{args.image_format}", "*.jsonl", "grid.png") for p in output_dir.glob(k)))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         write_json(output_dir / "generation.json", {"settings": settings})
@@ -330,7 +328,9 @@ def main(args):
     bar = tqdm(total=steps, desc=f"generating {new} images", unit="step", disable=not accelerator.is_local_main_process)
     if mine:
         parts = activations(pipe, inverted["resolution"], min(args.batch_size, max(len(chunk) for _, chunk in mine)))
-        announce([pipe.unet, pipe.vae, pipe.text_encoder], parts, device)
+        if teacher:
+            parts["the filter (--batch_size)"] = models.answering_bytes(teacher.model, args.batch_size)
+        announce([pipe.unet, pipe.vae, pipe.text_encoder, *([teacher.model] if teacher else [])], parts, device)
     if args.compile:
         pipe.unet = torch.compile(pipe.unet)
     with ThreadPoolExecutor(4) as pool:  # files are encoded and written while the next images are made

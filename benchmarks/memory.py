@@ -48,7 +48,7 @@ def diffusion_rows(pipe, resolution):
 def distillation_row(teacher, student):
     """The same of a teacher and a student, in full precision."""
     args = distill.parse_args([])
-    modules, parts = distill.needs(teacher, student, student.num_classes, args)
+    modules, parts = distill.needs(teacher, student, 1, student.num_classes, args)
     one = max(parts.values()) / args.train_batch_size
     return "`distill.py --mixed_precision no`: `--train_batch_size`", bytes_of(*modules), one
 

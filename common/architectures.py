@@ -32,8 +32,7 @@ class FlatHead(nn.Module):
         return self.channels * ((height // self.stride) * (width // self.stride) if self.stride else 1)
 
     def set_input_size(self, img_size):
-        """As timm's transformers: takes another input side, or height and width. The head starts anew where its width
-        changes."""
+        """Takes another input side, as timm's transformers do. The head starts anew where its width changes."""
         if self.width(img_size) != self.num_features:
             self.num_features = self.head_hidden_size = self.width(img_size)
             self.reset_classifier(self.num_classes)

@@ -94,10 +94,11 @@ def words_of(options):
         return shlex.split(options)
 
 
-def optional(package, user):
-    """An optional package, or a UserError that says what needs it."""
+def optional(module, user):
+    """A module of an optional package, or a UserError that says what needs it."""
+    package = module.partition(".")[0]
     with refusing(f"{user} needs the package {package} (pip install {package}): {{error}}"):
-        return importlib.import_module(package)
+        return importlib.import_module(module)
 
 
 def require_folder(folder, content):
@@ -109,6 +110,13 @@ def require_folder(folder, content):
         made = f" `{command}` makes it, here where you start the scripts." if command else ""
         raise UserError(f"{folder}: no such folder. {content}{made}")
     return folder
+
+
+def refuse_others(*paths):
+    """Raises a UserError where one of these files or folders is there: it is somebody's, and would be written over."""
+    for path in paths:
+        if path.exists():
+            raise UserError(f"{path} is there, and not of this script: give another --output_dir.")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from common import icons_fs
-from common.cli import UserError, argument_parser, natural_int, positive_int, refusing, run
+from common.cli import UserError, argument_parser, natural_int, positive_int, refuse_others, refusing, run
 from common.images import as_picture, find_images, list_images, open_image
 from common.records import check_settings, digest, keep_apart, read_json, settings_of, whole_folder, write_json
 
@@ -222,10 +222,8 @@ def main(args):
     keep_apart(args)
     output_dir = Path(args.output_dir)
     record, settings = output_dir / "episode.json", settings_of(args)
-    if not check_settings(record, settings) and (output_dir / "support").exists():
-        raise UserError(
-            f"{output_dir / 'support'} is there, and holds no episode of this script: give another --output_dir."
-        )
+    if not check_settings(record, settings):
+        refuse_others(output_dir / "support")
     dataset = load_dataset(args.dataset, args.split, args.dataset_dir)
     episode = draw_episode(dataset, args.num_ways, args.num_shots, args.seed, args.episode)
     write_json(record, {"settings": settings})

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from common import datasets, models, planning, statistics
-from common.cli import UserError, words_of
+from common.cli import UserError, note, words_of
 from common.images import as_tensor
 from common.memory import announce, bytes_of
 from common.other_images import load_pool, other_images
@@ -31,7 +31,7 @@ from common.processes import stopwatch
 from common.records import blaming, check_settings, digest, fingerprint, provenance, read_json, settings_of, write_json
 from common.report import data_uri
 from common.shards import open_samples
-from common.teachers import load_teacher
+from common.teachers import make_teacher
 
 METHODS = {  # the stages that each method runs, or whose options it takes
     "teacher": ("distill",),  # itself, specialised on the supports
@@ -175,7 +175,8 @@ def specialise(arm, folder, seed, supports, dataset, args, device):
         pictures = [dataset.open(name, reference) for name, drawn in supports.items() for reference in drawn]
         labels = torch.arange(args.num_ways).repeat_interleave(args.num_shots)
         if arm.method == "teacher":
-            classifier = load_teacher(options, pictures, labels, device)
+            backbone = models.load_model(options.teacher, True, options.teacher_image_size, options.teacher_checkpoint)
+            classifier = make_teacher(backbone.to(device), options, pictures, labels)
         else:
             student, _ = models.load_student(options, list(supports))
             images = torch.stack([as_tensor(picture, models.input_size(student)[0]) for picture in pictures])
@@ -233,10 +234,10 @@ def announce_arms(arms, stages, args, accelerator):
             found |= stages["generate"].activations(pipe, inversion.resolution, count)
         if arm.method != "prototypes":
             teacher = models.load_model(options.teacher, True, options.teacher_image_size, options.teacher_checkpoint)
-        labels = [str(label) for label in range(args.num_ways)]
-        student = teacher if arm.method == "teacher" else models.load_student(options, labels)[0]
+        supports, classes = args.num_ways * args.num_shots, [*map(str, range(args.num_ways))]
+        student = teacher if arm.method == "teacher" else models.load_student(options, classes)[0]
         if arm.method not in PARTS:
-            modules, learning = stages["distill"].needs(teacher, student, args.num_ways, options)
+            modules, learning = stages["distill"].needs(teacher, student, supports, args.num_ways, options)
             found |= {what: bytes_of(*modules) + count for what, count in learning.items()}
         count = min(args.batch_size, args.num_queries or args.batch_size)
         found["queries (--batch_size)"] = bytes_of(student) + models.answering_bytes(student, count)
@@ -464,9 +465,7 @@ def run_stages(run, arms, dataset, args, rank):
 
 def until(found):
     """What `found` returns, as soon as it is something: other processes are at work on it."""
-    if value := found():
-        return value
-    print("waiting for the other processes' episodes")
     while not (value := found()):
+        note("waiting for the other processes' episodes")
         time.sleep(1)
     return value

@@ -14,12 +14,6 @@ from common.shards import open_samples
 OPTIONS = ("generated_dir", "support_dir", "data_dir", "teacher", "teacher_image_size")
 
 
-def distances(a, b):
-    """Cosine distances [N, M] of unit features [N, D] and [M, D], from 0 to 2; infinite from a feature to itself."""
-    d = 1 - a @ b.T
-    return d.fill_diagonal_(float("inf")) if a is b else d
-
-
 def specificity_and_diversity(f, answers, labels, support_f, support_labels):
     """How well images keep to their classes, and how much they vary within them.
 
@@ -34,7 +28,9 @@ def specificity_and_diversity(f, answers, labels, support_f, support_labels):
     nearest, pairwise = [], []
     for c in labels.unique():
         own = f[labels == c]
-        near = distances(own, own if f is support_f else support_f[support_labels == c])
+        near = 1 - own @ support_f[support_labels == c].T
+        if f is support_f:
+            near.fill_diagonal_(float("inf"))  # to itself
         nearest.append(near.min(1).values)
         if len(own) > 1:
             pairwise.append((1 - own @ own.T).sum() / (len(own) * (len(own) - 1)))

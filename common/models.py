@@ -226,11 +226,17 @@ def accuracy_on(folder, classifier, size, classes):
     return statistics.accuracy(answers(classifier, images, f"classifying {folder}").argmax(-1) == labels)
 
 
-@torch.no_grad()
-def answering_bytes(model, count):
-    """The bytes that `count` images and their activations take at the peak, where the model is."""
-    shape, device = (3, *input_size(model)), next(model.parameters()).device
-    return batch_bytes(lambda size: features(model, torch.zeros(size, *shape, device=device)), count)
+def answering_bytes(model, count, trained=False):
+    """The bytes of `count` images and their activations at the peak, where the model is; `trained`: gradients' too."""
+    shape, parameters = (3, *input_size(model)), list(model.parameters())
+
+    def answer(size):
+        f = features(model, torch.zeros(size, *shape, device=parameters[0].device))
+        if trained:
+            torch.autograd.grad(f.sum(), parameters, allow_unused=True)
+
+    with torch.set_grad_enabled(trained):
+        return batch_bytes(answer, count)
 
 
 @torch.inference_mode()

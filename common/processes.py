@@ -17,22 +17,26 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from common.cli import UserError, refusing
 from common.records import blaming, keep_apart, read_json, write_json
 
-PATIENCE = timedelta(days=30)  # of a process that has done its share: it waits for the others, however long they take
+MEETING, PATIENCE = timedelta(minutes=5), timedelta(days=30)  # until all processes are there; until the last is done
 
 
 def start(args):
     """The Accelerator of a script, with its trackers started; the output folder has to be apart from the inputs.
 
-    Without a GPU, Accelerate must be told to use the CPU, or several processes would each do all the work. And
-    `accelerate launch` then exports OMP_NUM_THREADS=1 where nobody has set it, which would leave one process all cores
-    but one idle: the cores of this machine are shared out among its processes instead.
+    Without a GPU, Accelerate must be told to use the CPU, or several processes would each do all the work. Where
+    nobody has set OMP_NUM_THREADS, `accelerate launch` makes it 1: the cores are shared out among processes instead.
     """
     keep_apart(args)
-    with refusing("--mixed_precision or --report_to cannot be had here ({error}).", ValueError):
+    absent = f"Not all processes were there within {MEETING} ({{error}}): start them again."
+    wrong = "--mixed_precision or --report_to cannot be had here ({error})."
+    with refusing(absent, torch.distributed.DistError), refusing(wrong, ValueError):
         accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(), mixed_precision=args.mixed_precision, log_with=args.report_to,
-            project_dir=args.output_dir, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+            project_dir=args.output_dir, kwargs_handlers=[InitProcessGroupKwargs(timeout=MEETING)],
         )  # fmt: skip
+    if torch.distributed.is_initialized():
+        older = torch.distributed.distributed_c10d._set_pg_timeout  # than torch 2.14
+        getattr(torch.distributed, "set_timeout", older)(PATIENCE)
     if args.report_to and not accelerator.log_with:
         raise UserError(f"--report_to {args.report_to}: that tracker is not installed (pip install {args.report_to}).")
     launched_with_default = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"

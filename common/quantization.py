@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
+from onnxruntime.transformers.onnx_model import OnnxModel
 
 QUANTIZED = ["Conv", "Gemm", "MatMul", "Add", "MaxPool", "AveragePool", "GlobalAveragePool"]
 
@@ -48,10 +49,10 @@ def convert_int8(fp32, inputs, batch_size, for_tensorrt=False):
         )  # fmt: skip
         int8 = onnx.load(quantized)
     leave_in_float(int8.graph, outputs_of_layers=for_tensorrt)
-    remove_unused(int8.graph)
+    OnnxModel(int8).prune_graph()
     if for_tensorrt:
         join_sums(int8.graph)
-        remove_unused(int8.graph)
+        OnnxModel(int8).prune_graph()
     return int8
 
 
@@ -89,18 +90,6 @@ def leave_in_float(graph, outputs_of_layers):
                 node.input[:] = [name if given == source else given for given in node.input]
                 node.output[:] = [name if made == source else made for made in node.output]
             graph.node.remove(pair)
-
-
-def remove_unused(graph):
-    """Takes away nodes and constants whose results nobody reads."""
-    used = {value.name for value in graph.output}
-    for node in reversed(list(graph.node)):
-        if used.isdisjoint(node.output):
-            graph.node.remove(node)
-        else:
-            used.update(node.input)
-    for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
-        graph.initializer.remove(tensor)
 
 
 def join_sums(graph):

@@ -20,7 +20,7 @@ import psutil
 import torch
 from safetensors.torch import save
 
-from common.cli import UserError, refusing
+from common.cli import UserError, refuse_others, refusing
 
 FINGERPRINT = re.compile("[0-9a-f]{16}")
 INPUTS = ("model", "teacher", "student", "dataset", "pretrained_model_name_or_path")  # options that may name a folder
@@ -162,6 +162,12 @@ def keep_apart(args):
             beside = relation == "holds" and option in ("dataset", "dataset_dir", "web_dir")  # evaluate.py's results
             if relation and not beside and folder.is_dir():
                 raise UserError(f"--output_dir {args.output_dir} {relation} --{option} {value}: keep them apart.")
+
+
+def refuse_other_results(record, kinds):
+    """The same of a `record`, as results.json, and report.html beside it, unless its "kind" is one of these."""
+    if not record.is_file() or read_json(record, dict).get("kind") not in kinds:
+        refuse_others(record, record.with_name("report.html"))
 
 
 def fingerprint(paths):

@@ -72,6 +72,4 @@ def read_shards(folder, shards):
                 missing.pop(row["file_name"], None)
                 yield row, io.BytesIO(sample[Path(row["file_name"]).suffix[1:]])
     if missing:  # of a shard that is not there, or was cut off between two images
-        raise UserError(
-            f"The shards of {folder} lack {len(missing)} images, as {min(missing)}: generate again elsewhere."
-        )
+        raise UserError(f"{folder}: shards lack {len(missing)} images, as {min(missing)}: generate again elsewhere.")

@@ -13,7 +13,7 @@ from torch import nn
 from torchvision.transforms import v2
 
 from common.images import as_tensor, square
-from common.models import PrototypeClassifier, cosine_prototypes, features, input_size, load_model, memory_format
+from common.models import PrototypeClassifier, cosine_prototypes, features, input_size, memory_format
 from common.processes import generator, seeded
 
 SPECIALISATIONS = ("prototypes", "linear_probe", "fine_tune")
@@ -126,14 +126,13 @@ def for_views(image, size, args):
     return square(image, min(math.ceil(size / math.sqrt(args.min_crop)), *image.size))
 
 
-def load_teacher(args, pictures, labels, device):
-    """The teacher, specialised on the supports: see `specialise`.
+def make_teacher(model, args, pictures, labels):
+    """The teacher: a timm backbone specialised on the supports, where it is: see `specialise`.
 
     Args:
         pictures: an iterable of the supports as PIL images. labels: their classes [S].
     """
-    model = load_model(args.teacher, True, args.teacher_image_size, args.teacher_checkpoint).to(device)
-    size = input_size(model)[0]
+    size, device = input_size(model)[0], next(model.parameters()).device
     augment, supports, squares = augmentation(size, args), [], []
     for picture in pictures:  # one by one: photographs are large
         supports.append(as_tensor(picture, size))

@@ -242,7 +242,7 @@ def test_damaged_shard(run_dir, tmp_path):
     shard.write_bytes(whole[:second])  # where an image ends, which is no damage to tar
     err = rejected("distill.py", "--support_dir", run_dir / "support", "--train_dir", shards, "--output_dir",
                    tmp_path / "student", "--max_train_steps", 1)  # fmt: skip
-    assert f"The shards of {shards} lack 1 images, as " in err
+    assert f"{shards}: shards lack 1 images, as " in err
     shard.write_bytes(whole[:700])
     distil = ("distill.py", "--support_dir", run_dir / "support", "--train_dir", shards, "--output_dir",
               tmp_path / "student")  # fmt: skip
@@ -352,6 +352,25 @@ def test_files_of_the_user_are_not_written_over(run_dir, folder):
         assert f"{path} is there" in err and "give another --output_dir" in err and path.read_text() == content
         assert [p for p in folder.glob("mine/**/*") if p.is_file()] == [path]
         shutil.rmtree(folder / "mine")
+
+
+@pytest.mark.parametrize("name, content", [("report.html", "mine"), ("results.json", "{}"), ("benchmark.json", "{}")])
+def test_results_of_others_are_not_written_over(run_dir, folder, name, content):
+    """Those of a user, and of the other of the two scripts that write reports."""
+    exporting = ("export.py", "--model", run_dir / "student", "--output_dir", folder)
+    evaluating = (
+        "evaluate.py",
+        "--model",
+        run_dir / "student",
+        "--data_dir",
+        run_dir / "query",
+        "--output_dir",
+        folder,
+    )
+    (folder / name).write_text(content)
+    for command in {"results.json": [evaluating], "benchmark.json": [exporting]}.get(name, [evaluating, exporting]):
+        assert f"{folder / name} is there, and not of this script" in rejected(*command)
+    assert (folder / name).read_text() == content and sorted(p.name for p in folder.iterdir()) == [name, "support"]
 
 
 @pytest.mark.parametrize(

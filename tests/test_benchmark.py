@@ -24,7 +24,7 @@ from common.cli import UserError
 from common.images import as_tensor
 from common.processes import stopwatch
 from common.records import read_json, write_json
-from common.teachers import load_teacher
+from common.teachers import make_teacher
 from tests.conftest import ACCELERATE, ROOT, TWO_NODES, TWO_PROCESSES, killed_when, launch
 
 EPISODES = ("evaluate.py", "--dataset", "icons_fs", "--split", "val", "--num_ways", 2, "--num_shots", 2)
@@ -276,7 +276,7 @@ def test_a_specialised_teacher_is_measured_as_it_teaches(tmp_path):
     labels = torch.arange(2).repeat_interleave(2)
     for name, kind in (("teacher", "prototypes"), ("probe", "linear_probe")):
         args = distill.parse_args(["--teacher_specialization", kind])
-        teacher = load_teacher(args, pictures, labels, "cpu")
+        teacher = make_teacher(models.load_model(args.teacher), args, pictures, labels)
         queries = torch.stack([as_tensor(dataset.open(c, i), 64) for c in sorted(order) for i in order[c][2:32]])
         right = (teacher(queries).argmax(-1) == torch.arange(2).repeat_interleave(30)).float().mean().item()
         assert results_of(tmp_path)["methods"][name]["mean"] == pytest.approx(right)

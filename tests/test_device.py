@@ -150,7 +150,8 @@ def test_distillation_waits_for_its_curve_alone(tmp_path, monkeypatch):
         with Traffic() as traffic:
             distill.train(move(student), teacher, views, args, accelerator, {})
         found[steps] = traffic.counts
-    assert found[10]["to_host"] == found[20]["to_host"] == 10 and found[10]["asked"] == found[20]["asked"] == 0
+    assert found[10]["to_host"] == found[20]["to_host"] == 10
+    assert found[10]["asked"] == found[20]["asked"] == 1  # how large the first loss is
     assert (found[20] - found[10])["to_device"] == 2 * 10  # views and labels
 
 
@@ -306,11 +307,22 @@ def test_scripts_need_the_memory_that_they_announce(photos, tmp_path, monkeypatc
         assert 0.75 * measured < announced < 1.1 * measured, name
 
 
+def test_fine_tuning_a_teacher_takes_what_distillation_announces():
+    teacher, student = (models.load_model(name) for name in ("assets/teacher", "assets/student"))
+    args = distill.parse_args(["--teacher_specialization", "fine_tune", "--train_batch_size", "1"])
+    _, parts = distill.needs(teacher, student, 8, student.num_classes, args)
+    supports, labels = torch.rand(8, 3, 64, 64), torch.arange(8) % 2
+    start = models.PrototypeClassifier(teacher, supports, labels)
+    with memory.LiveBytes() as live:
+        teachers.fine_tune(start, lambda step: supports, supports, labels, 1e-4, 2)
+    assert max(parts, key=parts.get) == "its training" and parts["its training"] == pytest.approx(live.peak, rel=0.1)
+
+
 def test_a_batch_of_distillation_takes_what_benchmarks_count():
     """The table of settings and the script count alike; and a whole batch takes what small ones foretell."""
     teacher, student = (models.load_model(name) for name in ("assets/teacher", "assets/student"))
     args = distill.parse_args([])
-    _, parts = distill.needs(teacher, student, student.num_classes, args)
+    _, parts = distill.needs(teacher, student, 1, student.num_classes, args)
     with memory.LiveBytes() as live, torch.no_grad():
         models.features(teacher, torch.zeros(args.train_batch_size, 3, *models.input_size(teacher)))
     assert parts["the teacher (--train_batch_size)"] == pytest.approx(live.peak, rel=0.02)

@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import shutil
+import socket
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -27,7 +28,7 @@ from common.cli import UserError
 from common.images import as_tensor, list_images, load_folder, load_image
 from common.processes import generator, seeded
 from common.teachers import augmentation
-from tests.conftest import TWO_NODES, killed_when, launch
+from tests.conftest import ROOT, TWO_NODES, TWO_PROCESSES, killed_when, launch
 
 
 def numbers(*shape, seed=0):
@@ -605,6 +606,40 @@ def test_a_training_with_another_order_of_memory_goes_on_as_it_was(tmp_path):
         torch.manual_seed(1)
         step(*each)
     assert torch.equal(model.weight, other.weight) and torch.equal(model.bias, other.bias)
+
+
+MEET = """
+import sys, time
+from datetime import timedelta
+import torch
+from common import cli, processes
+
+processes.MEETING = timedelta(seconds=int(sys.argv[1]))
+
+def main(args):
+    accelerator = processes.start(args)
+    if accelerator.process_index == 1:
+        time.sleep(int(sys.argv[1]) + 2)
+    print("met", accelerator.gather(torch.tensor([accelerator.process_index])).tolist())
+
+cli.run(main, lambda: cli.argument_parser("", sys.argv[2]).parse_args([]))
+"""
+
+
+def test_processes_wait_long_for_the_work_of_others_and_not_for_those_that_never_come(tmp_path, monkeypatch):
+    script = tmp_path / "meet.py"
+    script.write_text(MEET)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    out, _ = launch(script, 10, tmp_path / "out", by=TWO_PROCESSES)
+    assert out.count("[0, 1]") == 2
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in place.items():
+        monkeypatch.setenv(name, str(value))
+    _, err = launch(script, 2, tmp_path / "out", by=[sys.executable, "-u"], code=2)
+    assert "Not all processes were there within 0:00:02" in err and "Traceback" not in err
 
 
 def test_curves_reach_a_tracker(run_dir, tmp_path):

@@ -1,6 +1,5 @@
 """What all runtimes have in common: how images become inputs and answers logits, and what export.py asks of each."""
 
-import importlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.cli import UserError, refusing
+from common.cli import UserError, optional
 from common.models import input_size, normalize, resize
 from common.records import blaming, read_json
 
@@ -68,9 +67,7 @@ class Runtime:
     def require(cls):
         """Raises a UserError, which says what to install, where the runtime cannot be imported."""
         if cls.module:
-            package = cls.module.partition(".")[0]
-            with refusing(f"{cls.title} cannot be imported ({{error}}): pip install {package}.", ImportError):
-                importlib.import_module(cls.module)
+            optional(cls.module, cls.title)
 
     @classmethod
     def build(cls, student):
