@@ -17,7 +17,7 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from common.cli import UserError, refusing
 from common.records import blaming, keep_apart, read_json, write_json
 
-MEETING, PATIENCE = timedelta(minutes=5), timedelta(days=30)  # until all processes are there; until the last is done
+MEETING, PATIENCE = timedelta(minutes=2), timedelta(days=30)  # until all processes are there; until the last is done
 
 
 def start(args):
