@@ -334,7 +334,7 @@ def test_normalize_subtracts_mean_and_divides_by_std():
 
 
 def test_conv4_has_the_parameters_of_the_literature():
-    model = models.load_model("conv4_64", pretrained=False, num_classes=5, img_size=84)
+    model = models.load_model("conv4_64", pretrained=False, num_classes=5, image_size=84)
     body = 3 * 64 * 9 + 64 + 3 * (64 * 64 * 9 + 64) + 4 * 2 * 64
     assert sum(p.numel() for p in model.blocks.parameters()) == body == 113_088
     assert model.num_features == 1600
