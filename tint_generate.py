@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional as TF
 from tqdm.auto import tqdm
 
 from common import diffusion, models
-from common.cli import UserError, argument_parser, non_negative, note, positive_int, refuse_others, run, share
+from common.cli import UserError, argument_parser, below_one, non_negative, note, positive_int, refuse_others, run
 from common.generated import agreement, level_of
 from common.images import as_picture, as_tensor, encode_image, load_image, save_grid, with_labels
 from common.inversion import EMBEDS, open_inversions
@@ -398,7 +398,7 @@ def parse_args(argv=None):
     add("--guidance_steps", type=positive_int, default=7, help="steps at which the unconditional prediction is made, "
         "spread evenly, its difference from the conditional being kept in between; as many as inversion took, or more: "
         "all (the paper)")  # fmt: skip
-    add("--filter_threshold", type=share, help="drop what the teacher gives to another class with more confidence")
+    add("--filter_threshold", type=below_one, help="drop what the teacher gives another class with more confidence")
     add("--teacher", default="assets/teacher", help="the filter's backbone: model folder, timm name or hf-hub:name")
     add("--teacher_image_size", type=positive_int, help="the teacher's input side; default: its own")
     add("--support_dir", help="support images, for the teacher; default: where they were inverted from")

@@ -57,16 +57,16 @@ def caption(fact, rng, keep=0.55):
 def train_tokenizer(classes, folder):
     """A CLIP tokenizer whose byte-pair encoding has one token for each word of the captions. It is kept in `folder` for
     a training that goes on: another one would number its tokens otherwise."""
-    if folder.is_dir():
-        return CLIPTokenizer.from_pretrained(folder)
     words = " ".join(["an a icon of on filled outline duotone colour", *FOREGROUNDS, *BACKGROUNDS, *classes])
     words = sorted(set(words.replace("-", " ").split()))
-    tokenizer = CLIPTokenizer(model_max_length=MAX_TOKENS).train_new_from_iterator([words], vocab_size=20_000)
+    if not folder.is_dir():
+        made = CLIPTokenizer(model_max_length=MAX_TOKENS).train_new_from_iterator([words], vocab_size=20_000)
+        with whole_folder(folder) as temporary:
+            made.save_pretrained(temporary)
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
     several = [w for w in words if w.isalpha() and len(tokenizer.tokenize(w)) > 1]
     if several:
         raise ValueError(f"these words have several tokens: {several}")
-    with whole_folder(folder) as temporary:
-        tokenizer.save_pretrained(temporary)
     return tokenizer
 
 

@@ -159,7 +159,8 @@ class Training:
             signal.signal(number, self.stop)
         facts = load_checkpoint(self.path, self.settings, **self.stateful())
         self.step, self.curve, self.losses = facts.get("step", 0), facts.get("curve", []), []
-        self.start, self.done = time.time() - facts.get("seconds", 0), self.step >= args.max_train_steps
+        self.start = time.time() - facts.get("seconds", 0)
+        self.done = self.progress() == 1
 
     @property
     def ema(self):

@@ -3,7 +3,6 @@
 import json
 from contextlib import suppress
 from functools import partial
-from itertools import chain
 
 import torch
 from safetensors import safe_open
@@ -44,7 +43,7 @@ def load_checkpoint(path, settings, accelerator=None, **stateful):
         for name, owner in stateful.items():
             state = {k.partition("/")[2]: v for k, v in tensors.items() if k.startswith(f"{name}/")}
             if not isinstance(owner, torch.nn.Module):
-                parameters, nested = list(chain(*(group["params"] for group in owner.param_groups))), {}
+                parameters, nested = [p for group in owner.param_groups for p in group["params"]], {}
                 for k, v in state.items():
                     i, _, what = k.partition(".")
                     p = parameters[int(i)].detach()  # fused optimizers take its order of memory for granted

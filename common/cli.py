@@ -154,6 +154,7 @@ positive_int = bounded(int, 1, LARGE, f"between 1 and {LARGE}")
 non_negative = bounded(float, 0, HUGE, "a finite number of at least 0")
 positive = bounded(float, TINY, HUGE, "a finite number above 0")
 share = bounded(float, 0, 1, "between 0 and 1")
+below_one = bounded(float, 0, 1 - sys.float_info.epsilon / 2, "at least 0 and below 1")
 positive_share = bounded(float, TINY, 1, "above 0 and at most 1")
 
 

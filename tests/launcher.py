@@ -4,6 +4,7 @@ import os
 import resource
 import runpy
 import signal
+import socket
 import sys
 import tempfile
 from multiprocessing import get_context
@@ -52,6 +53,13 @@ def start(command, cwd, out, err, environment=(), largest_file=None):
     )
     process.start()
     return process
+
+
+def free_port():
+    """The number of a port of this machine that nobody uses."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def run(command, cwd, timeout, largest_file=None):

@@ -13,7 +13,6 @@ import random
 import shlex
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -53,9 +52,7 @@ class Launch:
         folder.mkdir(parents=True, exist_ok=True)
         with suppress(FileExistsError):
             (folder / "assets").symlink_to(ROOT / "assets")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = launcher.free_port()
         self.logs, self.processes = [], []
         for rank in range(processes):
             environment = {}

@@ -222,7 +222,8 @@ def test_alpha_out_of_range(run_dir, tmp_path):
     [
         (("--alpha", 0.5, "uniform"), "the word uniform alone"),
         (("--guidance_scale", 2, 3), "one for each --alpha"),
-        (("--filter_threshold", 1.5), "1.5 is not between 0 and 1"),
+        (("--filter_threshold", 1.5), "1.5 is not at least 0 and below 1"),
+        (("--filter_threshold", 1), "1.0 is not at least 0 and below 1"),
         (("--filter_threshold", 0.5, "--support_dir", "/nowhere"), "say where with --support_dir"),
     ],
 )

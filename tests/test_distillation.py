@@ -4,7 +4,6 @@ import copy
 import itertools
 import json
 import shutil
-import socket
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -29,6 +28,7 @@ from common.images import as_tensor, list_images, load_folder, load_image
 from common.processes import generator, seeded
 from common.teachers import augmentation
 from tests.conftest import ROOT, TWO_NODES, TWO_PROCESSES, killed_when, launch
+from tests.launcher import free_port
 
 
 def numbers(*shape, seed=0):
@@ -632,10 +632,7 @@ def test_processes_wait_long_for_the_work_of_others_and_not_for_those_that_never
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     out, _ = launch(script, 10, tmp_path / "out", by=TWO_PROCESSES)
     assert out.count("[0, 1]") == 2
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     for name, value in place.items():
         monkeypatch.setenv(name, str(value))
     _, err = launch(script, 2, tmp_path / "out", by=[sys.executable, "-u"], code=2)
