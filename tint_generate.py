@@ -131,31 +131,22 @@ def starting_point(rows, folders, schedule, prompt_embeds, empty, args):
     return blend(of_supports("latents"), noise, alpha), prompt_embeds, null, first_step
 
 
-def spread(steps, wanted):
-    """`wanted` of a list of steps, evenly."""
-    wanted = min(wanted, len(steps))
-    return [steps[k * len(steps) // wanted] for k in range(wanted)]
-
-
-def walk(inverted_steps, first, wanted, guidance_steps):
-    """Of the steps of the inversion, from `first` on, those that a walk of `wanted` in all takes, and those guided."""
-    steps = spread(range(inverted_steps), wanted)
-    return [i for i in steps if i >= first], spread(steps, guidance_steps)
+def guided_steps(num_steps, wanted):
+    """The steps at which the unconditional prediction is made, spread evenly: `wanted` of `num_steps`."""
+    wanted = min(wanted, num_steps)
+    return [k * num_steps // wanted for k in range(wanted)]
 
 
 def generate(rows, folders, pipe, schedule, prompt_embeds, empty, device, args, progress):
     """The images [B, 3, H, W] in [0, 1], on the CPU, of a batch of rows."""
     z, prompts, null, first_step = starting_point(rows, folders, schedule, prompt_embeds, empty, args)
     w = torch.tensor([row["guidance_scale"] for row in rows])
-    num_steps = len(schedule.timesteps)
-    follows = torch.tensor([args.null_text_fade * row.get("alpha", torch.inf) < 0.5 for row in rows])  # its null-text
-    wanted = torch.where(follows, num_steps, args.num_inference_steps or num_steps)
-    for first, count in sorted({*zip(first_step.tolist(), wanted.tolist())}):
-        on = (first_step == first) & (wanted == count)
+    guided = guided_steps(len(schedule.timesteps), args.guidance_steps)
+    for first in first_step.unique().tolist():
+        on = first_step == first
         parts = (x[on].to(device, non_blocking=True) for x in (z, prompts, null, w))
-        steps, guided = walk(num_steps, first, count, args.guidance_steps)
-        z[on] = diffusion.denoise(pipe.unet, schedule, *parts, steps, guided, progress).to(z)
-        progress.update((num_steps - len(steps)) * int(on.sum()))
+        z[on] = diffusion.denoise(pipe.unet, schedule, *parts, guided, first, progress).to(z)
+        progress.update(first * int(on.sum()))
     images = diffusion.decode_latents(pipe, z.to(device))
     if images.shape[-1] != args.image_size:
         images = TF.resize(images, [args.image_size] * 2, TF.InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
@@ -404,8 +395,6 @@ def parse_args(argv=None):
     add("--null_text_fade", type=non_negative, default=1.0, help="how fast a support's null-text gives way to the "
         "empty prompt, its share being 1 - fade * alpha, at least 0; 0: it never does (the paper)")  # fmt: skip
     add("--guidance_scale", type=non_negative, nargs="+", help="scale w, or one for each --alpha; default: inversion's")
-    add("--num_inference_steps", type=positive_int, help="steps to take, spread evenly over those of the inversion; "
-        "default: all. An image that keeps more than half of its support's null-text takes all")  # fmt: skip
     add("--guidance_steps", type=positive_int, default=7, help="steps at which the unconditional prediction is made, "
         "spread evenly, its difference from the conditional being kept in between; as many as inversion took, or more: "
         "all (the paper)")  # fmt: skip

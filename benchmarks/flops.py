@@ -140,15 +140,15 @@ def inversion(args, iterations):
 
 
 @cache
-def generation(inverted_steps, num_inference_steps, guidance_steps, share=1.0):
-    """TFLOP of generating one image by `num_inference_steps` of the `inverted_steps`, of which it walks the last
-    `share`: all, or by img2img as far as alpha."""
+def generation(num_inference_steps, guidance_steps, share=1.0):
+    """TFLOP of generating one image, which walks the last `share` of the steps: all, or by img2img as far as alpha."""
     pipe = stable_diffusion_1_5()
-    schedule = diffusion.make_schedule(pipe.scheduler, inverted_steps)
+    schedule = diffusion.make_schedule(pipe.scheduler, num_inference_steps)
     z, embeds = torch.rand(1, 4, 64, 64, device="meta"), torch.rand(1, 77, 768, device="meta")
-    first = inverted_steps - round(share * inverted_steps)
-    steps, guided = tint_generate.walk(inverted_steps, first, num_inference_steps, guidance_steps)
-    denoising = tflop(diffusion.denoise, pipe.unet, schedule, z, embeds, embeds[:, None], 7.5, steps, guided)
+    guided = tint_generate.guided_steps(num_inference_steps, guidance_steps)
+    first_step = num_inference_steps - round(share * num_inference_steps)
+    walk = pipe.unet, schedule, z, embeds, embeds[:, None], 7.5, guided, first_step
+    denoising = tflop(diffusion.denoise, *walk)
     return denoising + tflop(diffusion.decode_latents, pipe, z)
 
 
@@ -160,7 +160,7 @@ def main(args):
     }
     with redirect_stdout(sys.stderr):
         measured = measure_iterations(settings["fast"], args.num_episodes)
-    reference, made = settings["reference"], tint_generate.parse_args([])
+    reference = settings["reference"]
     certain = {  # no loop ends on data: the tolerance is never reached on mini-SD
         "textual_inversion_steps": reference.max_train_steps,
         "validations": reference.max_train_steps // reference.validation_steps + 1,
@@ -171,10 +171,11 @@ def main(args):
         "inversion_tflop_per_class": inversion(settings["fast"], measured),
         "reference_preset": {"iterations": certain, "inversion_tflop_per_class": inversion(reference, certain)},
         "generation_tflop_per_image": generation(
-            *[settings["fast"].num_inference_steps] * 2, made.guidance_steps
+            settings["fast"].num_inference_steps, tint_generate.parse_args([]).guidance_steps
         ),
-        "generation_tflop_per_image_in_4_steps": generation(settings["fast"].num_inference_steps, 4, 4),
-        "reference_generation_tflop_per_image": generation(*[reference.num_inference_steps] * 3),
+        "reference_generation_tflop_per_image": generation(
+            reference.num_inference_steps, reference.num_inference_steps
+        ),
     }, indent=2))  # fmt: skip
 
 
