@@ -24,22 +24,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
-from common import models
+from common import cli, models
 from common.checkpoint import load_checkpoint, save_checkpoint
-from common.cli import (
-    UserError,
-    argument_parser,
-    natural_int,
-    non_negative,
-    note,
-    positive,
-    positive_int,
-    positive_share,
-    refuse_others,
-    refusing,
-    run,
-    share,
-)
+from common.cli import UserError, argument_parser, note, refuse_others, refusing, run
 from common.images import find_images, list_images, load_image, open_image, require_unseen, with_labels
 from common.memory import announce, batch_bytes, bytes_of
 from common.processes import as_main_sees, cores_of_a_process, generator, seeded, start
@@ -403,41 +390,41 @@ def parse_args(argv=None):
     add("--unlabeled_dir", help="images of anything, in folders or not, which the teacher alone labels")
     add("--supports_only", action="store_true", help="train on the supports alone")
     add("--query_dir", help="test images of the classes, never trained on: the model card tells the accuracy on them")
-    add("--support_ratio", type=share, default=0.25, help="share of the views that show supports")
+    add("--support_ratio", type=cli.share, default=0.25, help="share of the views that show supports")
     teacher = parser.add_argument_group("teacher").add_argument
     teacher("--teacher", default="assets/teacher", help="timm backbone: model folder, timm name or hf-hub:name")
     teacher("--teacher_checkpoint", help="safetensors file of weights for it, as of a meta-trained one")
-    teacher("--teacher_image_size", type=positive_int, help="the teacher's input side; default: its own")
+    teacher("--teacher_image_size", type=cli.positive_int, help="the teacher's input side; default: its own")
     teacher("--teacher_specialization", choices=SPECIALISATIONS, default="prototypes", help="of the teacher on the "
             "supports: cosine prototypes, a linear layer on them, or the whole backbone as in P>M>F")  # fmt: skip
-    teacher("--teacher_scale", type=positive, default=10.0, help="inverse softmax temperature of cosine similarities")
+    teacher("--teacher_scale", type=cli.positive, default=10.0, help="inverse softmax temperature of the cosines")
     student = parser.add_argument_group("student").add_argument
     student("--student", default="assets/student",
             help="model folder or hf-hub:name to start from, or timm name for random weights")  # fmt: skip
     student("--student_checkpoint", help="safetensors file of weights to start from")
-    student("--student_image_size", type=positive_int, help="the student's input side; default: its own")
+    student("--student_image_size", type=cli.positive_int, help="the student's input side; default: its own")
     loss = parser.add_argument_group("loss").add_argument
-    loss("--temperature", type=positive, default=1.0, help="softmax temperature of the distillation loss")
-    loss("--hard_label_weight", type=share, default=0.0, help="share of the cross-entropy of labels in the loss")
-    loss("--feature_weight", type=non_negative, default=0.0, help="weight of matching the teacher's features")
+    loss("--temperature", type=cli.positive, default=1.0, help="softmax temperature of the distillation loss")
+    loss("--hard_label_weight", type=cli.share, default=0.0, help="share of the cross-entropy of labels in the loss")
+    loss("--feature_weight", type=cli.non_negative, default=0.0, help="weight of matching the teacher's features")
     views = parser.add_argument_group("views").add_argument
-    views("--min_crop", type=positive_share, default=0.6, help="smallest area of a random crop")
-    views("--flip_probability", type=share, default=0.5, help="of mirroring; 0 where mirror images are wrong")
-    views("--color_jitter", type=non_negative, default=0.4, help="strength of changes of brightness, contrast, colour")
-    views("--mixup", type=non_negative, default=0.0, help="mixup's Beta parameter; 0 is off")
-    views("--cutmix", type=non_negative, default=0.0, help="CutMix's Beta parameter; 0 is off")
-    views("--num_views", type=natural_int, default=0, help="views in all, in whole batches, which are made "
+    views("--min_crop", type=cli.positive_share, default=0.6, help="smallest area of a random crop")
+    views("--flip_probability", type=cli.share, default=0.5, help="of mirroring; 0 where mirror images are wrong")
+    views("--color_jitter", type=cli.non_negative, default=0.4, help="strength, of brightness, contrast and colour")
+    views("--mixup", type=cli.non_negative, default=0.0, help="mixup's Beta parameter; 0 is off")
+    views("--cutmix", type=cli.non_negative, default=0.0, help="CutMix's Beta parameter; 0 is off")
+    views("--num_views", type=cli.natural_int, default=0, help="views in all, in whole batches, which are made "
           "and answered by the teacher once, and then come round again; 0: always new ones")  # fmt: skip
-    views("--dataloader_num_workers", type=natural_int, help="processes that make views; default: as many as there are "
-          "cores for each GPU, none on a CPU")  # fmt: skip
+    views("--dataloader_num_workers", type=cli.natural_int, help="processes that make views; default: as many as "
+          "there are cores for each GPU, none on a CPU")  # fmt: skip
     training = parser.add_argument_group("training").add_argument
-    training("--max_train_steps", type=positive_int, default=300, help="steps of optimisation")
-    training("--train_batch_size", type=positive_int, default=50, help="views a pass and process")
-    training("--gradient_accumulation_steps", type=positive_int, default=1, help="passes a step")
-    training("--learning_rate", type=positive, default=1e-3, help="AdamW's highest learning rate")
-    training("--weight_decay", type=non_negative, default=1e-2, help="AdamW's weight decay")
-    training("--ema_decay", type=share, default=0.0, help="of a moving average of the weights, kept instead; 0 is off")
-    training("--checkpointing_steps", type=positive_int, default=100, help="steps between checkpoints")
+    training("--max_train_steps", type=cli.positive_int, default=300, help="steps of optimisation")
+    training("--train_batch_size", type=cli.positive_int, default=50, help="views a pass and process")
+    training("--gradient_accumulation_steps", type=cli.positive_int, default=1, help="passes a step")
+    training("--learning_rate", type=cli.positive, default=1e-3, help="AdamW's highest learning rate")
+    training("--weight_decay", type=cli.non_negative, default=1e-2, help="AdamW's weight decay")
+    training("--ema_decay", type=cli.share, default=0.0, help="of an average of the weights, kept instead; 0 is off")
+    training("--checkpointing_steps", type=cli.positive_int, default=100, help="steps between checkpoints")
     return parser.parse_args(argv)
 
 

@@ -20,22 +20,13 @@ import torch
 from torchvision.transforms.v2 import functional as TF
 from tqdm.auto import tqdm
 
-from common import diffusion, models
+from common import diffusion, models, records
 from common.cli import UserError, argument_parser, below_one, non_negative, note, positive_int, refuse_others, run
 from common.generated import agreement, level_of
 from common.images import as_picture, as_tensor, encode_image, load_image, save_grid, with_labels
 from common.inversion import EMBEDS, open_inversions
 from common.memory import announce
 from common.processes import generator, peak_memory, share_out, start
-from common.records import (
-    check_settings,
-    digest,
-    read_json_lines,
-    settings_of,
-    whole_file,
-    write_json,
-    write_json_lines,
-)
 from common.shards import open_samples, write_shard
 
 DROPPED = "dropped.jsonl"  # metadata of images that the filter dropped: in metadata.jsonl each row has its image
@@ -131,22 +122,27 @@ def starting_point(rows, folders, schedule, prompt_embeds, empty, args):
     return blend(of_supports("latents"), noise, alpha), prompt_embeds, null, first_step
 
 
-def guided_steps(num_steps, wanted):
-    """The steps at which the unconditional prediction is made, spread evenly: `wanted` of `num_steps`."""
-    wanted = min(wanted, num_steps)
-    return [k * num_steps // wanted for k in range(wanted)]
+def walk(inverted_steps, first, alpha, args):
+    """Which of the inversion's steps an image takes, spread evenly from its `first` on: --num_inference_steps, of a
+    walk that begins late its share; all, where more than half of a support's null-text leads, fitted to each of them.
+    """
+    follows = args.method in ("tint", "null_text") and args.null_text_fade * alpha < 0.5
+    left = inverted_steps - first
+    count = left if follows else min(left, -(-args.num_inference_steps * left // inverted_steps))
+    return tuple(first + k * left // count for k in range(count))
 
 
 def generate(rows, folders, pipe, schedule, prompt_embeds, empty, device, args, progress):
     """The images [B, 3, H, W] in [0, 1], on the CPU, of a batch of rows."""
     z, prompts, null, first_step = starting_point(rows, folders, schedule, prompt_embeds, empty, args)
     w = torch.tensor([row["guidance_scale"] for row in rows])
-    guided = guided_steps(len(schedule.timesteps), args.guidance_steps)
-    for first in first_step.unique().tolist():
-        on = first_step == first
+    num_steps = len(schedule.timesteps)
+    walks = [walk(num_steps, k, row.get("alpha"), args) for row, k in zip(rows, first_step.tolist())]
+    for steps in sorted({*walks}):
+        on = torch.tensor([walked == steps for walked in walks])
         parts = (x[on].to(device, non_blocking=True) for x in (z, prompts, null, w))
-        z[on] = diffusion.denoise(pipe.unet, schedule, *parts, guided, first, progress).to(z)
-        progress.update(first * int(on.sum()))
+        z[on] = diffusion.denoise(pipe.unet, schedule, *parts, steps, progress).to(z)
+        progress.update((num_steps - len(steps)) * int(on.sum()))
     images = diffusion.decode_latents(pipe, z.to(device))
     if images.shape[-1] != args.image_size:
         images = TF.resize(images, [args.image_size] * 2, TF.InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
@@ -219,13 +215,15 @@ def recorded_settings(args):
     how = ["batch_size", "inversion_dir", "support_dir", "compile", "agreement"]
     # Images can be added to folders; in shards, more would fall into other files.
     how += ["num_images_per_class", "shard_size"] if args.format == "folder" else []
-    return settings_of(args, *how, *(["teacher", "teacher_image_size"] if args.filter_threshold is None else []))
+    return records.settings_of(
+        args, *how, *(["teacher", "teacher_image_size"] if args.filter_threshold is None else [])
+    )
 
 
 def read_rows(path):
     """The rows of a file of metadata; none where it is missing, or another run that ends takes it away."""
     with suppress(FileNotFoundError):
-        rows = [row for row in read_json_lines(path) if isinstance(row, dict)]
+        rows = [row for row in records.read_json_lines(path) if isinstance(row, dict)]
         return [row for row in rows if all(isinstance(row.get(k, default), kind) for k, kind, default in FIELDS)]
     return []
 
@@ -258,10 +256,12 @@ def write_images(k, rows, images, finished, args):
         rows = [finished.get((row["label"], row["index"]), row) for row in rows]
         for row, image in zip(rows, images):
             if row["file_name"] and (row["label"], row["index"]) not in finished:
-                with whole_file(output_dir / row["file_name"]) as path:
+                with records.whole_file(output_dir / row["file_name"]) as path:
                     path.write_bytes(image)
-    mark = digest([(row["label"], row["index"]) for row in rows])  # other batches in a later run have other marks
-    write_json_lines(output_dir / ROWS / f"{mark}.jsonl", rows)
+    mark = records.digest(
+        [(row["label"], row["index"]) for row in rows]
+    )  # other batches in a later run have other marks
+    records.write_json_lines(output_dir / ROWS / f"{mark}.jsonl", rows)
 
 
 def activations(pipe, resolution, count):
@@ -297,11 +297,11 @@ def main(args):
     settings["teacher_weights"] = None if args.filter_threshold is None else models.weights_of(args.teacher)
     settings["inversions"] = {k: v for facts in folders.values() for k, v in facts["fingerprints"].items()}
     may_grow = ("inversions",) if args.format == "folder" else ()
-    if not check_settings(output_dir / "generation.json", settings, may_grow):
+    if not records.check_settings(output_dir / "generation.json", settings, may_grow):
         refuse_others(*(p for k in (f"*/*.{args.image_format}", "*.jsonl", "grid.png") for p in output_dir.glob(k)))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        write_json(output_dir / "generation.json", {"settings": settings})
+        records.write_json(output_dir / "generation.json", {"settings": settings})
 
     schedule = diffusion.make_schedule(pipe.scheduler, inverted["num_inference_steps"])
     for name in folders:
@@ -354,9 +354,9 @@ def main(args):
         finished = read_finished(args)
         made = {(row["label"], row["index"]): finished[row["label"], row["index"]] for row in rows}
         kept, dropped = ([r for r in made.values() if bool(r["file_name"]) == whole] for whole in (True, False))
-        write_json_lines(output_dir / "metadata.jsonl", kept)
+        records.write_json_lines(output_dir / "metadata.jsonl", kept)
         if dropped:
-            write_json_lines(output_dir / DROPPED, dropped)
+            records.write_json_lines(output_dir / DROPPED, dropped)
         for path in (output_dir / ROWS).glob("*.jsonl"):  # but not those of others that are at work here
             if {(row["label"], row["index"]) for row in read_rows(path)} <= made.keys():
                 path.unlink(missing_ok=True)
@@ -395,9 +395,8 @@ def parse_args(argv=None):
     add("--null_text_fade", type=non_negative, default=1.0, help="how fast a support's null-text gives way to the "
         "empty prompt, its share being 1 - fade * alpha, at least 0; 0: it never does (the paper)")  # fmt: skip
     add("--guidance_scale", type=non_negative, nargs="+", help="scale w, or one for each --alpha; default: inversion's")
-    add("--guidance_steps", type=positive_int, default=7, help="steps at which the unconditional prediction is made, "
-        "spread evenly, its difference from the conditional being kept in between; as many as inversion took, or more: "
-        "all (the paper)")  # fmt: skip
+    add("--num_inference_steps", type=positive_int, default=4, help="steps to take, evenly spread over those of the "
+        "inversion; all, where an image keeps more than half of its support's null-text")  # fmt: skip
     add("--filter_threshold", type=below_one, help="drop what the teacher gives another class with more confidence")
     add("--teacher", default="assets/teacher", help="the filter's backbone: model folder, timm name or hf-hub:name")
     add("--teacher_image_size", type=positive_int, help="the teacher's input side; default: its own")

@@ -207,16 +207,19 @@ def null_text_inversion(unet, schedule, trajectory, prompt_embeds, null_embeds, 
     Returns:
         null-text [B, T, L, D]; the z_0 [B, C, h, w] that denoising with it reaches; Adam's steps of each image [B].
     """
-    z, results = trajectory[0], []
+    z, results, is_prompt = trajectory[0], [], args.null_text_start == 1
     num_steps = torch.zeros(len(z), dtype=torch.long, device=z.device)
     for i in range(len(schedule.timesteps)):
         with torch.no_grad():
             eps_cond = diffusion.predict_noise(unet, schedule, z, i, prompt_embeds)
+        reached = diffusion.ddim_step(z, eps_cond, schedule.abar[i], schedule.abar[i + 1])
+        if is_prompt:  # the unconditional prediction is the same, and guidance changes nothing
+            loss = ((reached - trajectory[i + 1]) ** 2).mean((1, 2, 3))
+            is_prompt = bool((loss < args.null_text_tolerance).all())
         null_embeds = null_embeds.detach().clone().requires_grad_()
         optimizer = torch.optim.Adam([null_embeds], lr=args.null_text_learning_rate)
         active = torch.arange(len(z), device=z.device)  # the images not yet within the tolerance
-        reached = torch.empty_like(z)
-        for step in range(args.null_text_steps + 1):
+        for step in range(0 if is_prompt else args.null_text_steps + 1):
             is_last = step == args.null_text_steps
             with torch.set_grad_enabled(not is_last):
                 at = z[active], i, eps_cond[active], null_embeds[active]
@@ -413,7 +416,7 @@ def parse_args(argv=None):
     group("--initializer_token", help="word or words to start from; default: those of the class name")
     group("--fallback_token", default="object", help="the same where the tokenizer knows none of them")
     group("--max_train_steps", type=natural_int, default=500, help="steps of optimisation, at most")
-    group("--train_batch_size", type=positive_int, default=4, help="noisy latents a class and step")
+    group("--train_batch_size", type=positive_int, default=3, help="noisy latents a class and step")
     group("--learning_rate", type=positive, default=5e-3, help="AdamW's learning rate")
     group("--adam_weight_decay", type=non_negative, default=1e-2, help="AdamW's weight decay")
     group("--min_timestep", type=natural_int, default=250, help="smallest t of training: below is no class's detail")
@@ -428,10 +431,10 @@ def parse_args(argv=None):
     group("--guidance_scale", type=non_negative, default=7.5, help="guidance scale w")
     group("--null_text_learning_rate", type=positive, default=1e-2, help="Adam's learning rate")
     group("--null_text_steps", type=natural_int, default=5, help="at most so many Adam steps a DDIM step")
-    group("--null_text_tolerance", type=non_negative, default=3e-4, help="mean squared error that is close enough")
+    group("--null_text_tolerance", type=non_negative, default=1e-3, help="mean squared error that is close enough")
     group("--fixed_point_steps", type=natural_int, default=1, help="more evaluations a step of DDIM inversion")
-    group("--null_text_start", type=share, default=0.5, help="from the empty prompt, 0 (the paper), to the prompt, 1, "
-          "with which nothing is guided and no step is needed (negative-prompt inversion, 2305.16807)")  # fmt: skip
+    group("--null_text_start", type=share, default=1.0, help="from the empty prompt, 0 (the paper), to the prompt, 1, "
+          "with which nothing is guided and few steps are needed (negative-prompt inversion, 2305.16807)")  # fmt: skip
     group("--compare_ddim", action=flag, default=False, help="also reconstruct with the empty prompt")
     group("--null_text_batch_size", type=positive_int, default=5, help="images that are inverted together")
     return diffusion.parse_with_model_defaults(parser, "tint_invert", argv, {"reference": REFERENCE})

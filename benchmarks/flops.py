@@ -5,11 +5,12 @@
 The networks are built on the `meta` device from the model's public configuration, so nothing is computed, and PyTorch's
 FlopCounterMode (two operations a multiplication and addition) watches the project's own functions. Where a loop ends on
 data, its mean number of iterations is that of an inversion of val classes of Icons-FS into mini-SD, done here, with the
-same settings, guidance included.
+same settings, guidance included, but mini-SD's learning rate.
 """
 
 import argparse
 import json
+import statistics
 import sys
 import tempfile
 from contextlib import redirect_stdout
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # so that it runs as a fi
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -71,25 +73,38 @@ def tflop(function, *args):
 def invert_into_mini_sd(args, support_dir, output_dir):
     """Runs tint_invert.py on mini-SD with the settings `args` of another model. Returns the record of each class."""
     own = {"pretrained_model_name_or_path": "assets/mini-sd", "prompt": "an icon of a {}", "fallback_token": "house",
-           "class_batch_size": 5, "null_text_batch_size": 25,
+           "learning_rate": 0.02, "class_batch_size": 5, "null_text_batch_size": 25,
            "support_dir": str(support_dir), "output_dir": str(output_dir)}  # fmt: skip
     tint_invert.main(argparse.Namespace(**vars(args) | own))
     return [read_json(path) for path in sorted(Path(output_dir).glob("*/inversion.json"))]
 
 
+def guided_levels(output_dir, args):
+    """For each class, at how many levels an unconditional prediction is made: where the null-text starts as the prompt,
+    those at which an image's has moved. Images of a class go together at Stable Diffusion's size."""
+    for path in sorted(Path(output_dir).glob("*/null_text.safetensors")):
+        null = load_file(path)["null_offsets"]
+        moved = (null != null[:, :1]).any(-1).any(-1).any(0)
+        yield int(moved.sum()) if args.null_text_start == 1 else null.shape[1]
+
+
 def measure_iterations(args, num_episodes):
-    """Mean iterations on mini-SD: steps of textual inversion and its validations a class, Adam's steps an image."""
+    """Mean iterations on mini-SD: steps of textual inversion and its validations a class, Adam's steps an image, and
+    `guided_levels`."""
     dataset, records = datasets.load_dataset("icons_fs", "val"), []
+    levels = []
     for index in range(num_episodes):
         with tempfile.TemporaryDirectory() as folder:
             write_supports(dataset, 5, SHOTS, args.seed, index, Path(folder) / "support")
             records += invert_into_mini_sd(args, f"{folder}/support", f"{folder}/inversion")
+            levels += guided_levels(f"{folder}/inversion", args)
     curves = [record["textual_inversion_loss"] for record in records]
     return {
         "classes": len(records),
         "textual_inversion_steps": sum(curve[-1][0] for curve in curves) / len(curves),
         "validations": sum(map(len, curves)) / len(curves),
         "null_text_steps": sum(n for r in records for n in r["null_text_steps"]) / (SHOTS * len(records)),
+        "guided_levels": statistics.mean(levels),
     }
 
 
@@ -115,9 +130,12 @@ def inversion(args, iterations):
     def guided_step():
         return tint_invert.guided_step(pipe.unet, schedule, z0, 0, z0, null_embeds[:], args.guidance_scale)
 
-    def condition_and_step():
+    def predict():
         with torch.no_grad():
             diffusion.predict_noise(pipe.unet, schedule, z0, 0, prompt_embeds)
+
+    def take_step():
+        with torch.no_grad():
             guided_step()
 
     per_image = {
@@ -125,8 +143,8 @@ def inversion(args, iterations):
         "DDIM inversion": tflop(
             tint_invert.ddim_inversion, pipe.unet, schedule, z0, prompt_embeds, args.fixed_point_steps
         ),
-        "null-text: prediction with the prompt, and the step taken": len(schedule.timesteps)
-        * tflop(condition_and_step),
+        "null-text: prediction with the prompt": len(schedule.timesteps) * tflop(predict),
+        "null-text: the guided steps taken": iterations["guided_levels"] * tflop(take_step),
         "null-text: optimisation": iterations["null_text_steps"]
         * tflop(lambda: tint_invert.gradient(guided_step().sum(), null_embeds)),
         "pictures for the record": 2 * tflop(diffusion.decode_latents, pipe, z0),
@@ -139,16 +157,18 @@ def inversion(args, iterations):
     return {"total": sum(parts.values())} | parts
 
 
+def generation(inverted_steps, alpha, args):
+    """TFLOP of generating one image at an alpha, with the options of tint_generate.py."""
+    first = inverted_steps - round(alpha * inverted_steps) if args.method == "img2img" else 0
+    return walking(inverted_steps, tint_generate.walk(inverted_steps, first, alpha, args))
+
+
 @cache
-def generation(num_inference_steps, guidance_steps, share=1.0):
-    """TFLOP of generating one image, which walks the last `share` of the steps: all, or by img2img as far as alpha."""
+def walking(inverted_steps, steps):
     pipe = stable_diffusion_1_5()
-    schedule = diffusion.make_schedule(pipe.scheduler, num_inference_steps)
+    schedule = diffusion.make_schedule(pipe.scheduler, inverted_steps)
     z, embeds = torch.rand(1, 4, 64, 64, device="meta"), torch.rand(1, 77, 768, device="meta")
-    guided = tint_generate.guided_steps(num_inference_steps, guidance_steps)
-    first_step = num_inference_steps - round(share * num_inference_steps)
-    walk = pipe.unet, schedule, z, embeds, embeds[:, None], 7.5, guided, first_step
-    denoising = tflop(diffusion.denoise, *walk)
+    denoising = tflop(diffusion.denoise, pipe.unet, schedule, z, embeds, embeds[:, None], 7.5, steps)
     return denoising + tflop(diffusion.decode_latents, pipe, z)
 
 
@@ -160,22 +180,23 @@ def main(args):
     }
     with redirect_stdout(sys.stderr):
         measured = measure_iterations(settings["fast"], args.num_episodes)
+    spent = inversion(settings["fast"], measured)
+    ours, papers = tint_generate.parse_args([]), tint_generate.parse_args(["--null_text_fade", "0"])
+    made = statistics.mean(generation(settings["fast"].num_inference_steps, alpha, ours) for alpha in ours.alpha)
     reference = settings["reference"]
     certain = {  # no loop ends on data: the tolerance is never reached on mini-SD
         "textual_inversion_steps": reference.max_train_steps,
         "validations": reference.max_train_steps // reference.validation_steps + 1,
         "null_text_steps": reference.null_text_steps * reference.num_inference_steps,
+        "guided_levels": reference.num_inference_steps,
     }
     print(json.dumps({
         "iterations_measured_on_mini_sd": measured,
-        "inversion_tflop_per_class": inversion(settings["fast"], measured),
+        "inversion_tflop_per_class": spent,
         "reference_preset": {"iterations": certain, "inversion_tflop_per_class": inversion(reference, certain)},
-        "generation_tflop_per_image": generation(
-            settings["fast"].num_inference_steps, tint_generate.parse_args([]).guidance_steps
-        ),
-        "reference_generation_tflop_per_image": generation(
-            reference.num_inference_steps, reference.num_inference_steps
-        ),
+        "generation_tflop_per_image": made,
+        "tflop_per_class_with_200_images": spent["total"] + 200 * made,
+        "reference_generation_tflop_per_image": generation(reference.num_inference_steps, 1.0, papers),
     }, indent=2))  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Measures what settings of tint_generate.py make of episodes of Icons-FS, with mini-SD. Prints a Markdown table.
 
-    python -m benchmarks.generation_quality --split val --num_episodes 4 --settings default "all guided"
+    python -m benchmarks.generation_quality --split val --num_episodes 4 --settings "all steps" "default: 4 steps"
 
 Of every episode the supports are inverted once, and each setting generates from the same noise. Measured in the feature
 space of the teacher, specialised on the supports, and averaged over episodes: how often it agrees with the label, the
@@ -26,13 +26,14 @@ from common.cli import HelpFormatter, natural_int, positive_int, run
 from common.generated import embed, specificity_and_diversity
 from common.images import load_folder
 
-ALL = "--guidance_steps 16"
+ALL = "--num_inference_steps 16"
 SETTINGS = {
-    "all guided": ALL,
-    "default": "",
-    "6 of 16 guided": "--guidance_steps 6",
-    "4 of 16 guided": "--guidance_steps 4",
-    "null-text not faded": f"{ALL} --null_text_fade 0",
+    "all steps": ALL,
+    "default: 4 steps": "",
+    "8 steps": "--num_inference_steps 8",
+    "6 steps": "--num_inference_steps 6",
+    "3 steps": "--num_inference_steps 3",
+    "null-text not faded": "--null_text_fade 0",
     "null-text gone at alpha 0.5": f"{ALL} --null_text_fade 2",
     "no null-text": f"{ALL} --null_text_fade 1000000",
     "guidance 2": f"{ALL} --guidance_scale 2",
@@ -83,8 +84,7 @@ def main(args):
         near, pairwise, psnr = (
             sum(row[k] for row in rows) / len(rows) for k in ("nearest_support", "pairwise", "psnr")
         )
-        share = alpha if options.method == "img2img" else 1.0
-        print(f"| {name} | {generation(16, options.guidance_steps, share):.1f} | {alpha} | {count} | {agreement:.1%} "
+        print(f"| {name} | {generation(16, alpha, options):.1f} | {alpha} | {count} | {agreement:.1%} "
               f"| {near:.3f} | {pairwise:.3f} | {psnr:.1f} |")  # fmt: skip
 
 
@@ -94,7 +94,7 @@ def parse_args(argv=None):
     add("--split", default="val", help="the classes to draw from")
     add("--num_episodes", type=positive_int, default=4)
     add("--num_images_per_class", type=positive_int, default=60)
-    add("--alpha", nargs="+", default=["0.3", "0.5", "0.7"])
+    add("--alpha", nargs="+", default=["0.6", "0.8", "1.0"])
     add("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     add("--teacher", default="assets/teacher")
     add("--output_dir", default="outputs/generation_quality")

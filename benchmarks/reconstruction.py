@@ -29,10 +29,10 @@ SETTINGS = {  # options of tint_invert.py
     "paper": "--preset reference",
     "default": "",
     "no fixed-point step": "--fixed_point_steps 0",
-    "from the empty prompt": "--null_text_start 0",
-    "from the prompt": "--null_text_start 1",
-    "from the prompt, no steps of Adam": "--null_text_start 1 --null_text_steps 0",
-    "3 steps of Adam": "--null_text_steps 3",
+    "no step of Adam": "--null_text_steps 0",
+    "nearer": "--null_text_tolerance 3e-4",
+    "from half way, nearer": "--null_text_start 0.5 --null_text_tolerance 3e-4",
+    "from the empty prompt, nearer": "--null_text_start 0 --null_text_tolerance 3e-4",
     "12 DDIM steps": "--num_inference_steps 12",
 }
 SHARED = "--guidance_scale 7.5 --max_train_steps 0 --validation_samples 1"
@@ -54,12 +54,14 @@ def main(args):
             records = flops.invert_into_mini_sd(settings, supports, output_dir)
             psnr = {k: np.mean([r["reconstruction_psnr_db"][k] for r in records]) for k in ("vae", "null_text")}
             steps = np.mean([record["null_text_steps"] for record in records])
-            found.setdefault(name, []).append((psnr["null_text"], psnr["vae"], steps, settings))
+            levels = np.mean([*flops.guided_levels(output_dir, settings)])
+            found.setdefault(name, []).append((psnr["null_text"], psnr["vae"], steps, levels, settings))
     table = {}
     for name, rows in found.items():
-        psnr, vae, steps = (np.array([row[i] for row in rows]) for i in range(3))
+        psnr, vae, steps, levels = (np.array([row[i] for row in rows]) for i in range(4))
         iterations = {"textual_inversion_steps": 0, "validations": 0, "null_text_steps": steps.mean()}
-        cost = {k: v for k, v in flops.inversion(rows[0][3], iterations).items() if "null-text" in k or "DDIM" in k}
+        iterations["guided_levels"] = levels.mean()
+        cost = {k: v for k, v in flops.inversion(rows[0][-1], iterations).items() if "null-text" in k or "DDIM" in k}
         difference = psnr - np.array([row[0] for row in found[args.settings[0]]])
         half = scipy.stats.t.ppf(0.975, len(rows) - 1) * difference.std(ddof=1) / len(rows) ** 0.5
         table[name] = {

@@ -164,11 +164,17 @@ CONFIG = {
 }  # fmt: skip
 default_cfgs = generate_default_cfgs(
     {
+        "conv4_32": CONFIG,
         "conv4_64": CONFIG,
         "resnet12": CONFIG | {"first_conv": "blocks.0.convolutions.0.0", "input_size": (3, 84, 84)},
         "ink_lite": CONFIG | {"first_conv": None, "input_size": (3, 64, 64)},
     }
 )
+
+
+@register_model
+def conv4_32(pretrained=False, **kwargs):
+    return build_model_with_cfg(Conv4, "conv4_32", pretrained, **{"width": 32} | kwargs)
 
 
 @register_model

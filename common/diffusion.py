@@ -5,6 +5,7 @@ Latents are float32 [B, C, h, w] whatever the precision of the UNet.
 """
 
 import copy
+import math
 import sys
 from dataclasses import dataclass
 from functools import lru_cache
@@ -211,30 +212,44 @@ def guide(eps_uncond, eps_cond, guidance_scale):
     return eps_uncond + guidance_scale * (eps_cond - eps_uncond)
 
 
+def extrapolate(x0_hat, before, abars):
+    """The clean latent towards which a step of second order moves: on the line through this level's prediction and the
+    last level's, in the log signal-to-noise ratio (DPM-Solver++ 2M, 2211.01095, algorithm 2).
+
+    Args:
+        abars: of the level before, this one and the next.
+    """
+    last, now, end = (math.log(abar / (1 - abar)) / 2 for abar in abars)
+    return x0_hat + (end - now) / (2 * (now - last)) * (x0_hat - before)
+
+
 @torch.no_grad()
-def denoise(unet, schedule, z, prompt_embeds, null_embeds, guidance_scale, guided=None, first_step=0, progress=None):
+def denoise(unet, schedule, z, prompt_embeds, null_embeds, guidance_scale, steps=None, progress=None):
     """Walks latents down to z_0 with guidance.
 
     Args:
         z: latents [B, C, h, w] of the noise level at which the walk begins. prompt_embeds: text embeddings [B, L, D].
         null_embeds: unconditional embeddings of each step [B, T, L, D], or [B, 1, L, D] for all steps.
         guidance_scale: w, a number or one for each latent [B].
-        guided: the steps, beside the first, at which the unconditional prediction is made; in between, the difference
-            eps_c - eps_u of the last of them is kept. Default: all.
-        first_step: where the walk begins. progress: a bar that counts the steps of all latents.
+        steps: the indices of the schedule's levels that the walk passes. Default: all, by DDIM. Fewer steps are longer,
+            and of second order, but for the first and the last.
+        progress: a bar that counts the steps of all latents.
     """
-    num_steps = len(schedule.timesteps)
+    num_steps, before = len(schedule.timesteps), None
+    steps = range(num_steps) if steps is None else steps
     null_embeds = null_embeds.expand(-1, num_steps, -1, -1)
     w = torch.as_tensor(guidance_scale).to(z.device).expand(len(z))[:, None, None, None]
-    for i in range(first_step, num_steps):
-        if guided is None or i in guided or i == first_step:
-            embeds = torch.cat([null_embeds[:, i], prompt_embeds])
-            eps_uncond, eps_cond = predict_noise(unet, schedule, torch.cat([z, z]), i, embeds).chunk(2)
-            difference = eps_cond - eps_uncond
-        else:
-            eps_cond = predict_noise(unet, schedule, z, i, prompt_embeds)
-            eps_uncond = eps_cond - difference
-        z = ddim_step(z, guide(eps_uncond, eps_cond, w), schedule.abar[i], schedule.abar[i + 1])
+    for k, i in enumerate(steps):
+        abar, end = schedule.abar[i], [*steps, num_steps][k + 1]
+        embeds = torch.cat([null_embeds[:, i], prompt_embeds])
+        eps = guide(*predict_noise(unet, schedule, torch.cat([z, z]), i, embeds).chunk(2), w)
+        if len(steps) < num_steps - steps[0]:
+            x0_hat = (z - (1 - abar) ** 0.5 * eps) / abar**0.5
+            if 0 < k < len(steps) - 1:
+                line = extrapolate(x0_hat, before, [schedule.abar[j] for j in (steps[k - 1], i, end)])
+                eps = (z - abar**0.5 * line) / (1 - abar) ** 0.5
+            before = x0_hat
+        z = ddim_step(z, eps, abar, schedule.abar[end])
         if progress is not None:
             progress.update(len(z))
     return z

@@ -9,21 +9,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from common import records
 from common.cli import UserError, note, refusing, require_folder
 from common.images import save_grid
-from common.records import (
-    blaming,
-    changed_files,
-    differences,
-    digest,
-    fingerprint,
-    fingerprint_tensors,
-    keep_apart,
-    read_json,
-    remove_folder,
-    save_tensors,
-    write_json,
-)
 
 RECORD, CLASSES = "inversion.json", "classes.json"  # of a class that is done; of those that are being inverted
 EMBEDS, NULL_TEXT = "learned_embeds.safetensors", "null_text.safetensors"
@@ -38,7 +26,7 @@ FACTS = {"settings": dict, "class": str, "support_dir": str, "placeholder_token"
 
 def load(path, device):
     """The tensors of a safetensors file of this or an interrupted run, or a UserError that names it."""
-    with blaming(path):
+    with records.blaming(path):
         return load_file(path, device=str(device))
 
 
@@ -46,7 +34,7 @@ def read_inversion(folder):
     """The facts in inversion.json of a class's folder, or a UserError where the file is damaged, or of another class: a
     class is its folder's name, whatever the file says."""
     path = Path(folder) / RECORD
-    facts = read_json(path)
+    facts = records.read_json(path)
     try:
         wrong = [name for name, kind in FACTS.items() if not isinstance(facts[name], kind)]
         wrong += sorted(NEEDED - facts["settings"].keys())
@@ -73,16 +61,18 @@ def open_inversion(folder):
             raise ValueError(f"its word is not {facts['placeholder_token']}")
         if tensors.get_slice("null_offsets").get_shape()[1] != facts["settings"]["num_inference_steps"]:
             raise ValueError("its null-text is of other steps")
-    facts["fingerprints"] = {f"{folder.name}/{image}": fingerprint_tensors(parts) for image, parts in supports.items()}
-    facts["fingerprints"][folder.name] = fingerprint_tensors(words.items())
+    facts["fingerprints"] = {
+        f"{folder.name}/{image}": records.fingerprint_tensors(parts) for image, parts in supports.items()
+    }
+    facts["fingerprints"][folder.name] = records.fingerprint_tensors(words.items())
     return facts
 
 
 def require_supports(record, before, folder):
     """Raises a UserError where photos of a class have been changed or taken away since they were inverted."""
-    with blaming(record):
-        now = {name: fingerprint([folder / name]) for name in before if (folder / name).is_file()}
-        if changed := "; ".join(changed_files(before, now)):
+    with records.blaming(record):
+        now = {name: records.fingerprint([folder / name]) for name in before if (folder / name).is_file()}
+        if changed := "; ".join(records.changed_files(before, now)):
             raise UserError(
                 f"{record} is of other photos than {folder} holds now ({changed}): put them back, or invert those that "
                 "are there into another folder."
@@ -93,13 +83,13 @@ def open_inversions(args):
     """{class name: facts of its inversion, with its null-text file opened}, from the folders of tint_invert.py, or a
     UserError. A class whose folder of supports was taken away since is left out."""
     root = require_folder(args.inversion_dir, "It should hold what tint_invert.py writes.")
-    records = sorted(root.glob(f"*/{RECORD}"))
-    if not records:
+    paths = sorted(root.glob(f"*/{RECORD}"))
+    if not paths:
         raise UserError(f"{root} holds no <class>/{RECORD}: run tint_invert.py --output_dir {root} first.")
-    folders = {record.parent.name: open_inversion(record.parent) for record in records}
+    folders = {record.parent.name: open_inversion(record.parent) for record in paths}
     supports = {name: Path(args.support_dir or facts["support_dir"]) for name, facts in folders.items()}
     for folder in set(supports.values()):
-        keep_apart(argparse.Namespace(output_dir=args.output_dir, support_dir=str(folder)))
+        records.keep_apart(argparse.Namespace(output_dir=args.output_dir, support_dir=str(folder)))
     if any((folder / name).is_dir() for name, folder in supports.items()):  # else all have moved
         for name in [name for name, folder in supports.items() if folder.is_dir() and not (folder / name).is_dir()]:
             note(f"{name} is left out: {supports[name] / name}, from which it was inverted, is gone.")
@@ -108,7 +98,7 @@ def open_inversions(args):
         if (supports[name] / name).is_dir():
             require_supports(root / name / RECORD, facts["settings"]["support_images"], supports[name])
     first, *others = (facts["settings"] | {"support_images": None} for facts in folders.values())
-    if different := [text for settings in others for text in differences(first, settings)]:
+    if different := [text for settings in others for text in records.differences(first, settings)]:
         raise UserError(f"The classes of {root} were inverted with different settings ({different[0]}): do it alike.")
     if args.method == "null_text" and "{}" in first["prompt"]:
         raise UserError(f"--method null_text needs an inversion without a learned word, and {root} has one: use "
@@ -131,12 +121,12 @@ def write_inversion(folder, facts, vectors, tensors, pictures, known=None):
         facts |= {k: known[k] for k in ("initializer_token", "textual_inversion_loss")}
         facts["added"] = facts["images"][len(known["images"]) - len(known.get("added", [])) :]
         facts["reconstruction_psnr_db"] = {k: known["reconstruction_psnr_db"][k] + x for k, x in quality.items()}
-    save_tensors(folder / EMBEDS, {facts["placeholder_token"]: vectors})
+    records.save_tensors(folder / EMBEDS, {facts["placeholder_token"]: vectors})
     if known:
         before = load(folder / NULL_TEXT, vectors.device)
         tensors = {k: torch.cat([before[k][: len(known["images"])], x]) for k, x in tensors.items()}
-    save_tensors(folder / NULL_TEXT, tensors)
-    write_json(folder / RECORD, facts)  # last: it marks the class as done
+    records.save_tensors(folder / NULL_TEXT, tensors)
+    records.write_json(folder / RECORD, facts)  # last: it marks the class as done
 
 
 def name_of(path, class_name, args):
@@ -146,14 +136,14 @@ def name_of(path, class_name, args):
 
 def partial_folder(names, settings, args):
     """Where an interrupted inversion of these classes, with these settings, keeps what it has done."""
-    key = digest({name: settings[name] for name in names}, args.null_text_batch_size)
+    key = records.digest({name: settings[name] for name in names}, args.null_text_batch_size)
     return Path(args.output_dir) / f".partial-{key}"
 
 
 def begin(names, settings, args):
     """The folder in which an inversion of these classes keeps what it has done, until it is done."""
     folder = partial_folder(names, settings, args)
-    write_json(folder / CLASSES, names)
+    records.write_json(folder / CLASSES, names)
     return folder
 
 
@@ -161,8 +151,8 @@ def interrupted(root):
     """{folder: names} of the groups of classes whose inversion was begun and not ended."""
     groups = {}
     for path in sorted(root.glob(f".partial-*/{CLASSES}")):
-        with blaming(path), suppress(FileNotFoundError):  # another run may just end it
-            groups[path.parent] = read_json(path, list)
+        with records.blaming(path), suppress(FileNotFoundError):  # another run may just end it
+            groups[path.parent] = records.read_json(path, list)
             "".join(groups[path.parent])
     return groups
 
@@ -185,13 +175,13 @@ def tidy(root):
     """Removes what interrupted inversions, with other settings, have left of classes that are inverted now."""
     for folder, names in interrupted(root).items():
         if is_done(root, names):
-            remove_folder(folder)
+            records.remove_folder(folder)
 
 
 def describe(root, classes, args):
     """Lines that say what became of the classes: how each word was learned, and which images come back badly."""
-    records = {name: read_inversion(root / name) for name in classes}
-    for name, facts in records.items():
+    inverted = {name: read_inversion(root / name) for name in classes}
+    for name, facts in inverted.items():
         psnr, start = facts["reconstruction_psnr_db"], facts["initializer_token"]
         words = name.replace("-", " ").replace("_", " ").split()
         unknown = [] if args.initializer_token else [word for word in words if word not in start.split()]
@@ -206,8 +196,8 @@ def describe(root, classes, args):
         for image, value, vae in sorted(zip(facts["images"], psnr["null_text"], psnr["vae"]), key=lambda row: row[1]):
             if value < max(BAD_DB, min(vae - 3, GOOD_DB)):
                 yield f"  {image} comes out badly: {value:.1f} dB, by the VAE alone {vae:.1f}"
-    vae = [x for facts in records.values() for x in facts["reconstruction_psnr_db"]["vae"]]
-    side, bad = min(facts["original_size"] for facts in records.values()), sum(x < BAD_DB for x in vae)
+    vae = [x for facts in inverted.values() for x in facts["reconstruction_psnr_db"]["vae"]]
+    side, bad = min(facts["original_size"] for facts in inverted.values()), sum(x < BAD_DB for x in vae)
     if side >= 4 * args.resolution or bad > len(vae) / 2:
         yield (
             f"{args.pretrained_model_name_or_path} draws {args.resolution} x {args.resolution} pixels, these images "

@@ -84,7 +84,11 @@ def test_null_text_inversion_waits_once_a_step_of_adam(remote_sd):
     pipe, schedule = remote_sd
     z0, prompt_embeds = torch.randn(3, 4, 8, 8), torch.randn(3, 16, 32)
     args = argparse.Namespace(
-        guidance_scale=3.0, null_text_learning_rate=1e-2, null_text_steps=3, null_text_tolerance=0.0
+        guidance_scale=3.0,
+        null_text_learning_rate=1e-2,
+        null_text_steps=3,
+        null_text_tolerance=0.0,
+        null_text_start=0.0,
     )
     with Traffic() as traffic:
         trajectory = tint_invert.ddim_inversion(pipe.unet, schedule, move(z0), move(prompt_embeds), 1)
@@ -95,12 +99,12 @@ def test_null_text_inversion_waits_once_a_step_of_adam(remote_sd):
     assert traffic.counts == {"asked": 0, "to_device": 0, "to_host": 4 * (3 + 1)}  # whether one is still too far
 
 
-@pytest.mark.parametrize("first_step", [0, 2])
-def test_generation_waits_for_nothing(remote_sd, first_step):
+@pytest.mark.parametrize("steps", [None, [1, 2]])
+def test_generation_waits_for_nothing(remote_sd, steps):
     pipe, schedule = remote_sd
     z, embeds = move(torch.randn(3, 4, 8, 8)), move(torch.randn(3, 16, 32))
     with Traffic() as traffic:
-        found = diffusion.denoise(pipe.unet, schedule, z, embeds, embeds[:, None], 3.0, [0, 2], first_step)
+        found = diffusion.denoise(pipe.unet, schedule, z, embeds, embeds[:, None], 3.0, steps)
     assert found.device == DEVICE and traffic.counts == {"asked": 0, "to_host": 0, "to_device": 1}  # guidance's scale
 
 

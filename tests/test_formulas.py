@@ -1,6 +1,7 @@
 """Each formula against an independent computation: float64 by hand, diffusers' schedulers, SciPy, or Monte Carlo."""
 
 import argparse
+import itertools
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import scipy.optimize
 import scipy.stats
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMInverseScheduler, DDIMScheduler
+from diffusers import DDIMInverseScheduler, DDIMScheduler, DPMSolverMultistepScheduler
 from PIL import Image
 
 import tint_generate
@@ -110,8 +111,9 @@ def test_null_text_inversion_reaches_its_trajectory_and_treats_images_one_by_one
     z0 = latents(4, 4, 4, 4)
     trajectory = tint_invert.ddim_inversion(network, schedule, z0, prompt_embeds, fixed_point_steps=20)
     args = argparse.Namespace(
-        guidance_scale=3.0, null_text_learning_rate=1e-2, null_text_steps=10, null_text_tolerance=1e-4
-    )
+        guidance_scale=3.0, null_text_learning_rate=1e-2, null_text_steps=10, null_text_tolerance=1e-4,
+        null_text_start=0.0,
+    )  # fmt: skip
 
     def invert(which):
         progress = type("Progress", (), {"update": lambda self, n: None})()
@@ -133,6 +135,31 @@ def test_null_text_inversion_reaches_its_trajectory_and_treats_images_one_by_one
     torch.testing.assert_close(replayed, reached)
 
 
+@pytest.mark.parametrize("tolerance", [1.0, 4e-3, 1e-3])
+def test_as_long_as_the_null_text_is_the_prompt_one_prediction_serves_both(tolerance):
+    """The same comes out as where both are made, in fewer passes: images move from one level on, or none does."""
+    schedule, passes = make_schedule(12), []
+
+    def predict(z, t, c):
+        passes.append(t)
+        return 0.8 * torch.tanh(2 * z) + c.mean((1, 2))[:, None, None, None]
+
+    c, z0 = latents(3, 3, 2, seed=1), latents(3, 4, 4, 4)
+    trajectory = tint_invert.ddim_inversion(Network(predict), schedule, z0, c, 1)
+    progress = type("Progress", (), {"update": lambda self, n: None})()
+    options, found, counts = ["--null_text_tolerance", str(tolerance), "--null_text_start"], [], []
+    for start in ("1", "0"):
+        passes.clear()
+        args = tint_invert.parse_args([*options, start])
+        found.append(tint_invert.null_text_inversion(Network(predict), schedule, trajectory, c, c, args, progress))
+        counts.append(len(passes))
+    for one, both in zip(*found):
+        torch.testing.assert_close(one, both)
+    null, _, num_steps = found[0]
+    moved = (null != c[:, None]).any(-1).any(-1).any(0)
+    assert counts[1] - counts[0] == (~moved).sum() > 0 and bool(num_steps.any()) == bool(moved.any()) == (tolerance < 1)
+
+
 def test_null_text_takes_the_steps_of_adam_down_the_gradient_of_its_objective():
     """One DDIM step, three Adam steps: against finite differences of the objective and Adam's formula by hand."""
     schedule, w = make_schedule(1), 3.0
@@ -141,8 +168,9 @@ def test_null_text_takes_the_steps_of_adam_down_the_gradient_of_its_objective():
     cond, null, z = latents(1, 3, 2, seed=4), latents(1, 3, 2, seed=5), latents(1, 4, 2, 2)
     trajectory = torch.stack([z, latents(1, 4, 2, 2, seed=6)])
     args = argparse.Namespace(
-        guidance_scale=w, null_text_learning_rate=0.05, null_text_steps=3, null_text_tolerance=0.0
-    )
+        guidance_scale=w, null_text_learning_rate=0.05, null_text_steps=3, null_text_tolerance=0.0,
+        null_text_start=0.0,
+    )  # fmt: skip
     progress = type("Progress", (), {"update": lambda self, n: None})()
     found, _, _ = tint_invert.null_text_inversion(network, schedule, trajectory, cond, null, args, progress)
 
@@ -175,20 +203,18 @@ def test_fixed_point_steps_make_ddim_inversion_exact():
 
 
 @pytest.mark.parametrize("first", [0, 4, 6])
-def test_guidance_is_kept_between_its_steps_and_begins_with_the_walk(first):
+def test_denoising_is_guided_at_each_step(first):
     """A batch with its own guidance scales, against a loop by hand for each image."""
-    schedule, guided = make_schedule(6), [0, 2, 3]
+    schedule = make_schedule(6)
     network = Network(lambda z, t, c: (0.3 + 0.001 * t) * z + torch.tanh(c.sum((1, 2)) + t)[:, None, None, None])
     z, cond, null = latents(3, 4, 4, 4), latents(3, 3, 2, seed=1), latents(3, 6, 3, 2, seed=2)
     w = torch.tensor([3.0, 1.5, 7.5])
-    found = diffusion.denoise(network, schedule, z, cond, null, w, guided, first)
+    found = diffusion.denoise(network, schedule, z, cond, null, w, range(first, 6))
     for k in range(3):
-        x, difference = z[k : k + 1], 0.0
+        x = z[k : k + 1]
         for i in range(first, 6):
             eps_c, eps_u = (network(x, schedule.timesteps[i], e).sample for e in (cond[k : k + 1], null[k : k + 1, i]))
-            if i in guided or i == first:  # else a walk that begins late would begin unguided
-                difference = eps_c - eps_u
-            eps = eps_c + (w[k].item() - 1) * difference
+            eps = eps_u + w[k].item() * (eps_c - eps_u)
             a, b = schedule.abar[i], schedule.abar[i + 1]
             x = np.sqrt(b / a) * (x - np.sqrt(1 - a) * eps) + np.sqrt(1 - b) * eps
         torch.testing.assert_close(found[k : k + 1], x, rtol=1e-5, atol=1e-5)  # the network's answers are float32
@@ -239,9 +265,34 @@ def test_trailing_steps_end_at_the_image(steps):
     assert schedule.abar[0] < 0.005 and (np.diff(schedule.abar) > 0).all()
 
 
-def test_guided_steps_are_spread_evenly():
-    assert tint_generate.guided_steps(16, 7) == [0, 2, 4, 6, 9, 11, 13]
-    assert tint_generate.guided_steps(16, 99) == list(range(16)) and tint_generate.guided_steps(25, 1) == [0]
+def test_steps_are_spread_evenly_and_begin_where_the_latents_are():
+    def walk(first, alpha, *options):
+        return list(tint_generate.walk(16, first, alpha, tint_generate.parse_args(options)))
+
+    assert walk(0, 0.5) == [0, 4, 8, 12] and walk(0, 1.0, "--num_inference_steps", "6") == [0, 2, 5, 8, 10, 13]
+    assert walk(0, 0.4) == walk(0, 1.0, "--null_text_fade", "0") == [*range(16)]  # its null-text leads
+    assert walk(0, 0.3, "--null_text_fade", "2") == walk(0, None, "--method", "textual_inversion") == [0, 4, 8, 12]
+    for first, wanted in itertools.product(range(17), (1, 4, 7, 16, 99)):
+        steps = walk(first, 1 - first / 16, "--method", "img2img", "--num_inference_steps", str(wanted))
+        assert steps[:1] == [first][: 16 - first] and abs(len(steps) - min(wanted, 16) * (16 - first) / 16) < 1
+
+
+def test_fewer_steps_are_those_of_dpm_solver():
+    """Against DPM-Solver++ 2M of diffusers at the same timesteps, which begins and ends with first order, too."""
+    scheduler = DDIMScheduler(**BETAS, set_alpha_to_one=False, steps_offset=1)
+    schedule, steps = diffusion.make_schedule(scheduler, 16), [0, 4, 8, 12]
+    network = Network(lambda z, t, c: 0.8 * torch.tanh(2 * z) + 0.0005 * t + c.mean((1, 2))[:, None, None, None])
+    z, embeds = latents(2, 4, 4, 4), latents(2, 3, 2, seed=1)
+    found = diffusion.denoise(network, schedule, z, embeds, embeds[:, None], 1.0, steps)
+    betas = {name: value for name, value in BETAS.items() if name != "clip_sample"}
+    solver = DPMSolverMultistepScheduler(**betas, final_sigmas_type="zero")
+    solver.set_timesteps(4)
+    levels = [schedule.abar[i] for i in (*steps, 16)]
+    solver.sigmas = torch.tensor([((1 - a) / a) ** 0.5 for a in levels], dtype=torch.float64)
+    solver.timesteps = torch.tensor([schedule.timesteps[i] for i in steps])
+    for t in solver.timesteps:
+        z = solver.step(network(z, t, embeds).sample, t, z).prev_sample
+    torch.testing.assert_close(found, z, rtol=1e-5, atol=1e-5)
 
 
 def test_the_reference_preset_is_the_papers_and_the_command_line_has_the_last_word():
@@ -420,14 +471,20 @@ def test_operations_are_counted_as_the_network_is_large():
     defaults take at most a tenth of what the reference takes for a class of five images."""
     settings = [tint_invert.parse_args(["--preset", p, "--pretrained_model_name_or_path", flops.DEFAULTS])
                 for p in ("fast", "reference")]  # fmt: skip
-    iterations = {"textual_inversion_steps": 60, "validations": 7, "null_text_steps": 80}
+    iterations = {"textual_inversion_steps": 60, "validations": 7, "null_text_steps": 80, "guided_levels": 16}
     ours = flops.inversion(settings[0], iterations)
     assert ours["VAE encoding"] == pytest.approx(5 * 1.117, rel=1e-3)
     assert ours["DDIM inversion"] == pytest.approx(5 * 16 * 2 * 0.803, rel=1e-3)
     assert ours["total"] == pytest.approx(sum(v for k, v in ours.items() if k != "total")) and ours["total"] < 1660
-    steps = {"textual_inversion_steps": 5000, "validations": 0, "null_text_steps": 250}
+    steps = {"textual_inversion_steps": 5000, "validations": 0, "null_text_steps": 250, "guided_levels": 25}
     assert flops.inversion(settings[1], steps)["textual inversion"] == pytest.approx(5000 * 1.669, rel=0.02)
-    assert flops.generation(25, 25) == pytest.approx(42.7, abs=0.05)
-    assert flops.generation(16, tint_generate.parse_args([]).guidance_steps) <= 21
-    # img2img at alpha 0.5 walks 8 of 16 steps, of which the first and 9, 11 and 13 are guided.
-    assert flops.generation(16, 7, 0.5) == pytest.approx(12 * 0.803 + 2.515, rel=1e-3)
+
+    def generation(steps, alpha, *options):
+        return flops.generation(steps, alpha, tint_generate.parse_args(options))
+
+    assert generation(25, 1.0, "--null_text_fade", "0") == pytest.approx(42.7, abs=0.05)
+    assert generation(16, 0.6) == generation(16, None, "--method", "textual_inversion") <= 9
+    assert generation(16, 0.6) == pytest.approx(8 * 0.803 + 2.515, rel=1e-3)
+    # img2img at alpha 0.5 walks the second half of the steps.
+    half = generation(16, 0.5, "--method", "img2img", "--num_inference_steps", "16")
+    assert half == pytest.approx(16 * 0.803 + 2.515, rel=1e-3)
