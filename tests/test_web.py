@@ -118,7 +118,9 @@ def test_the_page_answers_as_python_does_and_asks_for_nothing_elsewhere(run_dir,
         assert [name for name, _ in answers] == [path.name for path in paths] and len(paths) > 50
         for path, (_, answer) in zip(paths, answers):
             (first, _), *_ = truth = expected(run_dir, path)
-            assert answer[0][0] == first and dict(answer) == pytest.approx(dict(truth), abs=1e-3)
+            # Decoding JPEG, laying transparent parts on white and resizing round otherwise here: a grey level in a
+            # tenth of the pixels moves this student's answers by up to 0.004.
+            assert answer[0][0] == first and dict(answer) == pytest.approx(dict(truth), abs=5e-3), path.name
         assert page.get_by_text("broken.jpg cannot be read").count() == 1
 
         bytes_of = list(paths[0].read_bytes())
