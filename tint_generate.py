@@ -215,9 +215,8 @@ def recorded_settings(args):
     how = ["batch_size", "inversion_dir", "support_dir", "compile", "agreement"]
     # Images can be added to folders; in shards, more would fall into other files.
     how += ["num_images_per_class", "shard_size"] if args.format == "folder" else []
-    return records.settings_of(
-        args, *how, *(["teacher", "teacher_image_size"] if args.filter_threshold is None else [])
-    )
+    how += ["teacher", "teacher_image_size"] if args.filter_threshold is None else []
+    return records.settings_of(args, *how)
 
 
 def read_rows(path):
@@ -258,9 +257,7 @@ def write_images(k, rows, images, finished, args):
             if row["file_name"] and (row["label"], row["index"]) not in finished:
                 with records.whole_file(output_dir / row["file_name"]) as path:
                     path.write_bytes(image)
-    mark = records.digest(
-        [(row["label"], row["index"]) for row in rows]
-    )  # other batches in a later run have other marks
+    mark = records.digest([(row["label"], row["index"]) for row in rows])  # other batches later have other marks
     records.write_json_lines(output_dir / ROWS / f"{mark}.jsonl", rows)
 
 

@@ -72,9 +72,10 @@ def tflop(function, *args):
 
 def invert_into_mini_sd(args, support_dir, output_dir):
     """Runs tint_invert.py on mini-SD with the settings `args` of another model. Returns the record of each class."""
-    own = {"pretrained_model_name_or_path": "assets/mini-sd", "prompt": "an icon of a {}", "fallback_token": "house",
-           "learning_rate": 0.02, "class_batch_size": 5, "null_text_batch_size": 25,
-           "support_dir": str(support_dir), "output_dir": str(output_dir)}  # fmt: skip
+    best = read_json("assets/mini-sd/tint.json")["tint_invert"]
+    own = {name: best[name] for name in ("prompt", "learning_rate", "class_batch_size", "null_text_batch_size")}
+    own |= {"pretrained_model_name_or_path": "assets/mini-sd", "fallback_token": "house",
+            "support_dir": str(support_dir), "output_dir": str(output_dir)}  # fmt: skip
     tint_invert.main(argparse.Namespace(**vars(args) | own))
     return [read_json(path) for path in sorted(Path(output_dir).glob("*/inversion.json"))]
 
@@ -91,8 +92,7 @@ def guided_levels(output_dir, args):
 def measure_iterations(args, num_episodes):
     """Mean iterations on mini-SD: steps of textual inversion and its validations a class, Adam's steps an image, and
     `guided_levels`."""
-    dataset, records = datasets.load_dataset("icons_fs", "val"), []
-    levels = []
+    dataset, records, levels = datasets.load_dataset("icons_fs", "val"), [], []
     for index in range(num_episodes):
         with tempfile.TemporaryDirectory() as folder:
             write_supports(dataset, 5, SHOTS, args.seed, index, Path(folder) / "support")

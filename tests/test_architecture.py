@@ -47,7 +47,7 @@ def test_scripts_and_what_they_share_stay_short_enough_to_read():
     """What a change adds to them it takes away elsewhere: the bound is to fall, and never to rise."""
     lines = {path: len(path.read_text().splitlines()) for path in (*ROOT.glob("*.py"), *ROOT.glob("common/**/*.py"))}
     assert max(count for path, count in lines.items() if path.parent == ROOT) <= 450
-    assert sum(lines.values()) <= 7050
+    assert sum(lines.values()) <= 7047
 
 
 def test_what_others_need_to_carry_on_is_there():

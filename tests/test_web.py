@@ -14,7 +14,7 @@ from PIL import Image
 import export
 from common import models
 from common.cli import UserError
-from common.images import load_image
+from common.images import load_image, open_image
 from common.runtimes import web
 from tests import ROOT
 from tests.pictures import save_pictures
@@ -103,6 +103,13 @@ def expected(run_dir, path):
     return [(classes[i], probabilities[i].item()) for i in probabilities.argsort(descending=True)[:3]]
 
 
+def rounds_otherwise(path):
+    """Whether pixels may be a grey level off: Chromium lays a transparent WebP on white with another rounding, and of
+    images so high that Pillow begins with the rows the graph resizes the columns first, like all others."""
+    width, height = open_image(path).size
+    return path.suffix == ".webp" or height - 32 > 2 * (width - 32)
+
+
 @in_chromium
 @with_package
 def test_the_page_answers_as_python_does_and_asks_for_nothing_elsewhere(run_dir, chromium, camera, tmp_path):
@@ -118,9 +125,8 @@ def test_the_page_answers_as_python_does_and_asks_for_nothing_elsewhere(run_dir,
         assert [name for name, _ in answers] == [path.name for path in paths] and len(paths) > 50
         for path, (_, answer) in zip(paths, answers):
             (first, _), *_ = truth = expected(run_dir, path)
-            # Decoding JPEG, laying transparent parts on white and resizing round otherwise here: a grey level in a
-            # tenth of the pixels moves this student's answers by up to 0.004.
-            assert answer[0][0] == first and dict(answer) == pytest.approx(dict(truth), abs=5e-3), path.name
+            bound = 5e-3 if rounds_otherwise(path) else 1e-3
+            assert answer[0][0] == first and dict(answer) == pytest.approx(dict(truth), abs=bound), path.name
         assert page.get_by_text("broken.jpg cannot be read").count() == 1
 
         bytes_of = list(paths[0].read_bytes())
