@@ -89,7 +89,7 @@ def find_photos(args, root):
     keep_apart(args)
     photos = list_images(args.support_dir) if args.support_dir else {}
     queries = list_images(args.query_dir) if args.query_dir else {}
-    require_unseen(*([path for group in x.values() for path in group] for x in (queries, photos)))
+    require_unseen(*(itertools.chain(*x.values()) for x in (queries, photos)))
     facts, tests = ({name: fingerprint(paths) for name, paths in x.items()} for x in (photos, queries))
     record = root / "stages.json"
     known = read_json(record, dict) if record.is_file() else {}
@@ -101,7 +101,7 @@ def find_photos(args, root):
         known = {"photos": facts, "tests": tests, "stages": {}}
     with blaming(record):
         if known.get("tests") != tests:
-            known["stages"].pop("evaluate", None)  # and with it go all that follow
+            known["stages"].pop("distill", None)  # which measures, too; and with it go all that follow
     write_json(record, known | {"tests": tests})
     if not photos:
         return root / "support", root / "query"
@@ -177,7 +177,11 @@ def summarise(root, seconds):
     generated = read_json(root / "evaluation_generated" / "results.json")["sets"]
     agreement = [row for rows in generated.values() for row in rows]
     export = read_json(root / "export" / "benchmark.json")
-    timed = [row for row in export["latency"] if row["device"] == "cpu"]
+    timed = {}
+    for row in export["latency"]:
+        if row["device"] == "cpu" and row["batch_size"] == 1:
+            what = [row["model"], row["runtime"], *([row["precision"]] if row["precision"] != "fp32" else [])]
+            timed.setdefault(" ".join(what), row["median_ms"])  # by the first of --num_threads
     summary = {
         "seconds": seconds,
         "reconstruction_psnr_db": {
@@ -186,7 +190,7 @@ def summarise(root, seconds):
         "teacher_agreement": sum(row["images"] * row["agreement"]["mean"] for row in agreement)
         / sum(row["images"] for row in agreement),
         "max_abs_diff": {name: facts["max_abs_diff"] for name, facts in export["fidelity"].items()},
-        "latency_ms": {f"{row['model']} {row['runtime']}": row["median_ms"] for row in timed},
+        "latency_ms": timed,
     }
     if "evaluate" in seconds:
         found = read_json(root / "evaluation" / "results.json")

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import tqdm
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
-from tqdm.auto import tqdm
 
 from common import cli, models
 from common.checkpoint import load_checkpoint, save_checkpoint
@@ -30,7 +30,7 @@ from common.cli import UserError, argument_parser, note, refuse_others, refusing
 from common.images import find_images, list_images, load_image, open_image, require_unseen, with_labels
 from common.memory import announce, batch_bytes, bytes_of
 from common.processes import as_main_sees, cores_of_a_process, generator, seeded, start
-from common.records import blaming, check_settings, fingerprint, read_json, settings_of, whole_file, write_json
+from common.records import blaming, check_settings, fingerprint, read_json, settings_of, write_file, write_json
 from common.report import TEMPLATES, with_interval
 from common.shards import list_samples, open_samples
 from common.teachers import SPECIALISATIONS, augmentation, for_views, make_teacher
@@ -246,8 +246,7 @@ def train(student, teacher, views, args, accelerator, settings):
     lessons, mix, answer = zip(numbers, batches(views, numbers, args)), mixing(args), answering(teacher, args)
     interval, ignorance = max(1, args.max_train_steps // 10), loss_of_ignorance(views.num_classes, args)
     sums = torch.tensor(sums).to(device)  # of the loss, and of agreement with the teacher
-    progress = tqdm(total=args.max_train_steps, initial=first_step, desc="distilling",
-                    disable=not accelerator.is_local_main_process)  # fmt: skip
+    progress = tqdm(total=args.max_train_steps, initial=first_step, desc="distilling")
     model.train()
     for step in range(first_step, args.max_train_steps):
         for group in prepared.param_groups:
@@ -306,15 +305,13 @@ def write_card(student, classes, paths, facts, args):
         size=models.input_size(student), parameters=sum(p.numel() for p in student.parameters()),
         architecture=student.pretrained_cfg["architecture"], ours=models.is_ours(student),
     )  # fmt: skip
-    with whole_file(Path(args.output_dir) / "README.md") as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # names may be no UTF-8
+    write_file(Path(args.output_dir) / "README.md", text.encode(errors="backslashreplace"))  # names may be no UTF-8
 
 
 def finish(student, classes, paths, facts, args):
     """Measures the student where there are test images, writes its card and its record, and says how good it is."""
     if args.query_dir:
-        classifier, size = models.with_head(student), models.input_size(student)[0]
-        facts["accuracy"] = models.accuracy_on(args.query_dir, classifier, size, classes)
+        facts["accuracy"] = models.accuracy_on(args.query_dir, student, models.with_head(student), classes)
     write_card(student, classes, paths, facts, args)
     write_json(Path(args.output_dir) / "distill.json", facts)  # last: it marks the student as done
     print(f"{args.output_dir}: loss {facts['loss'][-1][1]:.4f}; a student that knows nothing has "

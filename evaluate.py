@@ -31,8 +31,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from accelerate.utils import tqdm
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 import distill
 import tint_generate
@@ -96,7 +96,7 @@ def predict(classifier, num_classes, paths, size, args, accelerator):
 
     loader = accelerator.prepare(DataLoader(range(len(paths)), args.batch_size, collate_fn=load))
     predictions, confidences = torch.empty(len(paths), dtype=torch.long), torch.empty(len(paths))
-    for positions, images in tqdm(loader, desc="evaluating", disable=not accelerator.is_local_main_process):
+    for positions, images in tqdm(loader, desc="evaluating"):
         with accelerator.autocast():
             logits = classifier(images)
         if logits.shape[1:] != (num_classes,):
@@ -115,9 +115,8 @@ def calibration(confidences, correct, bins=10):
     which = torch.bucketize(confidences, edges[1:-1])
     for b, (low, high) in enumerate(pairwise(edges.tolist())):
         inside = which == b
-        means = [x[inside].float().mean().item() if inside.any() else None for x in (confidences, correct)]
-        row = {"low": low, "high": high, "count": int(inside.sum())}
-        rows.append(row | dict(zip(("confidence", "accuracy"), means)))
+        sure, right = (x[inside].float().mean().item() if inside.any() else None for x in (confidences, correct))
+        rows.append({"low": low, "high": high, "count": int(inside.sum()), "confidence": sure, "accuracy": right})
     gaps = [row["count"] * abs(row["confidence"] - row["accuracy"]) for row in rows if row["count"]]
     return sum(gaps) / len(correct), rows
 

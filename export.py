@@ -156,8 +156,8 @@ def read_images(args, model, classes):
     or None where nobody knows them."""
     size, labels, found = models.input_size(model), None, []
     if args.data_dir:
-        images = torch.stack([as_tensor(image) for _, image in open_samples(args.data_dir, size[0])])
-        found.append(images[:: -(-len(images) // args.num_samples)])
+        images = [as_tensor(image) for _, image in open_samples(args.data_dir, size[0])]
+        found.append(torch.stack(images[:: -(-len(images) // args.num_samples)]))
     if args.support_dir:
         found.append(load_folder(args.support_dir, size[0], classes)[0])
     if not found:
@@ -268,8 +268,7 @@ def main(args):
         flops["teacher"] = models.count_flops(teacher)
         if labels is not None and args.support_dir:
             specialised, _ = models.of_supports(teacher, args.support_dir, classes)
-            size = models.input_size(teacher)[0]
-            accuracies["teacher torch"] = models.accuracy_on(args.query_dir, specialised, size, classes)
+            accuracies["teacher torch"] = models.accuracy_on(args.query_dir, teacher, specialised, classes)
 
     devices = [cpu] if device.type == "cpu" else [cpu, device]
     for num_threads in args.num_threads or [torch.get_num_threads()]:

@@ -17,8 +17,8 @@ from itertools import chain, repeat
 from pathlib import Path
 
 import torch
+from accelerate.utils import tqdm
 from torchvision.transforms.v2 import functional as TF
-from tqdm.auto import tqdm
 
 from common import diffusion, models, records
 from common.cli import UserError, argument_parser, below_one, non_negative, note, positive_int, refuse_others, run
@@ -61,7 +61,8 @@ def supports_in_turn(name, facts, finished, args):
     first. Images that are `finished`, {(class, index): row}, keep theirs; and a support that was added later gets its
     share, beyond the number of images asked for."""
     num_rounds, num_alphas = -(-args.num_images_per_class // len(args.alpha)), len(args.alpha)
-    added = [k for k, image in enumerate(facts["images"]) if image in facts.get("added", [])]
+    later = facts.get("added", []) if args.method != "textual_inversion" else []  # which takes no support
+    added = [k for k, image in enumerate(facts["images"]) if image in later]
     rounds, count = [], Counter(dict.fromkeys(range(len(facts["images"])), 0))
     while len(rounds) < num_rounds or any(count[k] < max(1, num_rounds // len(count)) for k in added):
         made = [finished.get((name, len(rounds) * num_alphas + k), {}).get("support") for k in range(num_alphas)]
@@ -161,9 +162,7 @@ def load_teacher(folders, args, device):
     model = models.load_model(args.teacher, image_size=args.teacher_image_size).to(device)
     supports = torch.stack([load_image(path, models.input_size(model)[0]) for path in paths]).to(device)
     teacher = models.PrototypeClassifier(model, supports, labels)
-    with torch.no_grad():
-        f = torch.cat([models.features(model, batch) for batch in supports.split(64)]).cpu()
-    return teacher, models.held_out_accuracy(f, labels)
+    return teacher, models.held_out_accuracy(teacher.support_features.cpu(), labels)
 
 
 @torch.no_grad()
@@ -185,7 +184,8 @@ def save_overview(rows, folders, args, columns=24):
     per_class = min(columns // len(names), *(len(folders[name]["images"]) for name in names))
     grid, titles, blank, groups = [], [], torch.ones(3, args.image_size, args.image_size), {}
     if args.method != "textual_inversion":
-        paths = [Path(folders[n]["support_dir"]) / n / s for n in names for s in folders[n]["images"][:per_class]]
+        roots = {name: Path(args.support_dir or folders[name]["support_dir"]) / name for name in names}
+        paths = [roots[name] / image for name in names for image in folders[name]["images"][:per_class]]
         if all(path.is_file() for path in paths):
             grid.append([load_image(path, args.image_size) for path in paths])
             titles.append("supports")
@@ -255,8 +255,7 @@ def write_images(k, rows, images, finished, args):
         rows = [finished.get((row["label"], row["index"]), row) for row in rows]
         for row, image in zip(rows, images):
             if row["file_name"] and (row["label"], row["index"]) not in finished:
-                with records.whole_file(output_dir / row["file_name"]) as path:
-                    path.write_bytes(image)
+                records.write_file(output_dir / row["file_name"], image)
     mark = records.digest([(row["label"], row["index"]) for row in rows])  # other batches later have other marks
     records.write_json_lines(output_dir / ROWS / f"{mark}.jsonl", rows)
 
@@ -322,7 +321,7 @@ def main(args):
     mine = [(k, chunks[k]) for k in share_out(left, accelerator)]
     new = sum((row["label"], row["index"]) not in finished for _, chunk in mine for row in chunk)
     steps = len(schedule.timesteps) * sum(len(chunk) for _, chunk in mine)
-    bar = tqdm(total=steps, desc=f"generating {new} images", unit="step", disable=not accelerator.is_local_main_process)
+    bar = tqdm(total=steps, desc=f"generating {new} images", unit="step")
     if mine:
         parts = activations(pipe, inverted["resolution"], min(args.batch_size, max(len(chunk) for _, chunk in mine)))
         if teacher:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm.auto import tqdm
+from accelerate.utils import tqdm
 
 from common import diffusion
 from common.checkpoint import load_checkpoint, save_checkpoint
@@ -138,8 +138,7 @@ def textual_inversion(pipe, names, words, latents, first_id, vectors, args, acce
     fixed = [draw(c, args.validation_samples, "validation")[0] for c in range(len(names))]
     state, checkpoint = {"learned": learned, "optimizer": optimizer}, partial / "textual_inversion.safetensors"
     first_step, curves = load_checkpoint(checkpoint, {}, **state).get("progress", (0, [[] for _ in names]))
-    hidden = not accelerator.is_local_main_process
-    bar = tqdm(total=args.max_train_steps, initial=first_step, desc="textual inversion", unit="step", disable=hidden)
+    bar = tqdm(total=args.max_train_steps, initial=first_step, desc="textual inversion", unit="step")
     active = [c for c in range(len(names)) if goes_on(curves[c], args)]
     for step in range(first_step, args.max_train_steps + 1):
         if step % args.validation_steps == 0 or step == args.max_train_steps:
@@ -262,8 +261,7 @@ def invert_images(counts, latents, texts, pipe, schedule, args, accelerator, par
         prompt_embeds = diffusion.encode_prompts(pipe, texts)
         prompt_embeds = torch.cat([c.expand(count, -1, -1) for c, count in zip(prompt_embeds, counts)])
     size, results = args.null_text_batch_size, []
-    progress = tqdm(total=sum(counts) * len(schedule.timesteps), desc="null-text inversion", unit="image step",
-                    disable=not accelerator.is_local_main_process)  # fmt: skip
+    progress = tqdm(total=sum(counts) * len(schedule.timesteps), desc="null-text inversion", unit="image step")
     for k, (z0, c) in enumerate(zip(torch.cat(latents).split(size), prompt_embeds.split(size))):
         done = partial / f"images-{k}.safetensors"
         if done.is_file():
@@ -373,7 +371,7 @@ def main(args):
     root = Path(args.output_dir)
     shared = settings_of(args, *HOW)
     shared |= {"model_weights": pipe.fingerprint, "mixed_precision": accelerator.mixed_precision}
-    shared["upscaler_weights"] = weights_of("", args.upscaler)
+    shared["upscaler_weights"] = None if upscaler is None else weights_of(args.upscaler, args.upscaler)
     settings = {n: shared | {"support_images": fingerprints(paths, args.support_dir)} for n, paths in classes.items()}
     done = [name for name in classes if check_settings(root / name / RECORD, settings[name], ("support_images",))]
     new = [name for name in classes if name not in done]

@@ -223,7 +223,7 @@ def main(args):
     output_dir = Path(args.output_dir)
     record, settings = output_dir / "episode.json", settings_of(args)
     if not check_settings(record, settings):
-        refuse_others(output_dir / "support")
+        refuse_others(output_dir / "support", output_dir / "query")
     dataset = load_dataset(args.dataset, args.split, args.dataset_dir)
     episode = draw_episode(dataset, args.num_ways, args.num_shots, args.seed, args.episode)
     write_json(record, {"settings": settings})

@@ -56,8 +56,7 @@ def load_stable_diffusion(name_or_path, device, mixed_precision="no", revision=N
     if str(name_or_path).startswith((".", "/", "assets/", "outputs/")) and not folder.is_dir():
         ours = f" There is {ROOT / folder}: give that, or start in {ROOT}." if (ROOT / folder).is_dir() else ""
         raise UserError(f"--pretrained_model_name_or_path {name_or_path}: no such folder.{ours}")
-    files = sorted(path for path in folder.rglob("*") if path.is_file())  # none of a model on the hub
-    stamps = tuple((path, path.stat().st_mtime_ns) for path in files)
+    stamps = tuple((path, path.stat().st_mtime_ns) for path in sorted(folder.rglob("*")) if path.is_file())
     kept = load_networks(str(name_or_path), device, mixed_precision, revision, variant, stamps)
     pipe = copy.copy(kept)
     pipe.tokenizer, pipe.text_encoder = copy.deepcopy(kept.tokenizer), copy.deepcopy(kept.text_encoder).to(device)
@@ -66,9 +65,9 @@ def load_stable_diffusion(name_or_path, device, mixed_precision="no", revision=N
 
 @lru_cache(maxsize=1)
 def load_networks(name_or_path, device, mixed_precision, revision, variant, stamps):
-    """The pipeline of `load_stable_diffusion`, its text encoder on the CPU. `stamps`: its files and their times."""
+    """The pipeline of `load_stable_diffusion`, its text encoder on the CPU. `stamps`: of its files, on the hub none."""
     named = {path.stem.split(".")[1].split("-")[0] for path in Path(name_or_path).glob("unet/*.*.safetensors")}
-    hint = f" Its weights are a variant: add --variant {min(named)}." if named and not variant else ""
+    hint = f" Its weights are a variant: add --variant {min(named)} to tint_invert.py." if named and not variant else ""
     with refusing(
         f"Cannot load {name_or_path} as a Stable Diffusion model ({{error}}).{hint} Give a folder or hub name with "
         "unet, vae, text_encoder, tokenizer and scheduler in diffusers' format, weights as safetensors."
@@ -255,20 +254,22 @@ def denoise(unet, schedule, z, prompt_embeds, null_embeds, guidance_scale, steps
     return z
 
 
-def parse_with_model_defaults(parser, script, argv=None, presets=None):
+def parse_with_model_defaults(parser, script, argv, presets):
     """Parses the command line. A local model folder may hold `tint.json`, {script: {option: value}}, of its own best
     settings, which replace the script's defaults, those of Stable Diffusion; a preset, {option: value} by the name of
     --preset, replaces both."""
     argv = sys.argv[1:] if argv is None else argv
-    model = parser.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0]
+    known = [word for word in argv if word not in ("-h", "--help")]
+    model = parser.parse_known_args(known)[0]
     defaults = Path(model.pretrained_model_name_or_path) / "tint.json"
     if defaults.is_file():
         own = read_json(defaults)
-        own = own.get(script, {}) if isinstance(own, dict) else None
-        if not isinstance(own, dict) or not own.keys() <= vars(model).keys():
+        own, options = own.get(script, {}) if isinstance(own, dict) else None, vars(model)
+        if not isinstance(own, dict) or not own.keys() <= options.keys() or any(
+            isinstance(value, bool) != isinstance(options[name], bool) for name, value in own.items()
+        ):  # fmt: skip
             raise UserError(f"{defaults} should hold {{script: {{option: value}}}}, options being {script}.py's own.")
         # As text they are read, and checked, as on the command line.
         parser.set_defaults(**{k: v if isinstance(v, bool | None) else str(v) for k, v in own.items()})
-    if presets:
-        parser.set_defaults(**presets.get(model.preset, {}))
+    parser.set_defaults(**presets.get(parser.parse_known_args(known)[0].preset, {}))
     return parser.parse_args(argv)

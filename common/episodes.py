@@ -14,7 +14,7 @@ from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from io import StringIO
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -216,7 +216,7 @@ def draw(index, arms, dataset, args):
 
 
 def is_done(record, queries):
-    return bool(record) and all(len(record["correct"].get(name, [])) >= len(drawn) for name, drawn in queries.items())
+    return all(len(record["correct"].get(name, [])) >= len(drawn) for name, drawn in queries.items())
 
 
 def announce_arms(arms, stages, args, accelerator):
@@ -259,11 +259,10 @@ def run_episode(index, arms, dataset, args, device, say_needs):
             datasets.write_images(dataset, supports, folder / "support")
         seed = args.seed * 1_000_000 + index  # each episode has noise of its own
         classifier, size, seconds = specialise(arm, folder, seed, supports, dataset, args, device)
-        correct = {name: record.get("correct", {}).get(name, []) for name in queries}
+        correct = {name: record["correct"].get(name, []) for name in queries}
         before, new = time.perf_counter(), 0
         for label, name in enumerate(queries):
-            rest = iter(queries[name][len(correct[name]) :])
-            while part := list(islice(rest, args.batch_size)):
+            while part := queries[name][len(correct[name]) :][: args.batch_size]:
                 images = torch.stack([as_tensor(dataset.open(name, reference), size) for reference in part])
                 with torch.no_grad():
                     answers = classifier(images.to(device)).argmax(-1)
@@ -279,10 +278,11 @@ def episode_folder(index, args):
 
 
 def read_record(folder, arm):
-    """{"correct": {class name: [1 or 0 of each query]}, "seconds": {part: seconds}} of an arm, {} where it is new."""
+    """{"correct": {class name: [1 or 0 of each query]}, "seconds": {part: seconds}} of an arm; where it is new,
+    nothing is "correct"."""
     path = folder / f"result-{arm.key}.json"
     if not path.is_file():
-        return {}
+        return {"correct": {}}
     with blaming(path):
         record = read_json(path)
         correct = {name: list(map(int, hits)) for name, hits in record["correct"].items()}
@@ -315,7 +315,7 @@ def collect(arms, dataset, args, pilot=None, wishes=()):
     def deciding(*names):
         return pilot if set(names) in map(set, wishes) else None
 
-    correct, seconds = ({arm.name: [] for arm in arms} for _ in range(2))
+    correct, seconds = defaultdict(list), defaultdict(list)
     scripts, episodes = [], []
     for index in range(args.num_episodes):
         folder, spent = episode_folder(index, args), {}
@@ -437,6 +437,9 @@ def run_stages(run, arms, dataset, args, rank):
     for name in chain.from_iterable(wishes):
         if name not in names:
             raise UserError(f"{name} is none of --methods: {', '.join(names)}.")
+    if most < (args.num_queries or 1):
+        raise UserError(f"--half_width may draw any class, of which the smallest has {most} images for queries: lower "
+                        "--num_queries, --num_shots or --num_real.")  # fmt: skip
     if args.num_episodes < 2 or args.num_queries == 1 or args.half_width >= 0.5:
         raise UserError("--half_width, between 0 and 0.5, needs a pilot of 2 or more --num_episodes and --num_queries.")
     pilot = {"num_episodes": args.num_episodes, "num_queries": args.num_queries, "pilot": args.num_episodes}

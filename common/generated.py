@@ -51,11 +51,9 @@ def embed(folder, teacher, classes, batch_size):
     samples, rows, found = open_samples(folder, size), [], []
     while batch := list(itertools.islice(samples, batch_size)):
         rows += [row for row, _ in batch]
-        if strangers := {str(row.get("label")) for row in rows} - set(classes):
+        if strangers := {str(row.get("label")) for row, _ in batch} - set(classes):
             raise UserError(f"{folder} has images of {', '.join(sorted(strangers))}, of which there are no supports.")
         found.append(teacher.embed(torch.stack([as_tensor(image) for _, image in batch]).to(device)))
-    if not found:
-        raise UserError(f"{folder} holds no image.")
     f = torch.cat(found)
     labels = torch.tensor([classes.index(str(row["label"])) for row in rows])
     alphas = [x if isinstance(x, int | float) and 0 <= x <= 1 else None for x in (row.get("alpha") for row in rows)]
@@ -103,7 +101,8 @@ def evaluate_generated(args, accelerator):
     sets = {}
     for name, folder in named_paths(args.generated_dir).items():
         f, answers, labels, alphas = embed(folder, teacher, classes, args.batch_size)
-        alphas = [level_of(alpha, len(set(alphas)) > 12) for alpha in alphas]
+        drawn = len(set(alphas)) > 12
+        alphas = [level_of(alpha, drawn) for alpha in alphas]
         sets[name] = []
         for alpha in sorted(set(alphas), key=lambda a: -1 if a is None else a):
             at = torch.tensor([a == alpha for a in alphas])

@@ -110,7 +110,7 @@ def copies(paths, originals):
 
 def count_supports(paths, folder, support_dir):
     """How many of the test images in a folder are supports, which is also said."""
-    supports, _ = with_labels(list_images(support_dir)) if support_dir else ([], None)
+    supports = [path for group in list_images(support_dir).values() for path in group] if support_dir else []
     if known := len(copies(paths, supports)):
         note(f"{known} of {len(paths)} images of {folder} are supports, which models know by heart")
     return known
@@ -178,7 +178,7 @@ def as_picture(image):
     return TF.to_pil_image(image.mul(255).round().clamp(0, 255).byte())
 
 
-def encode_image(image, image_format="png"):
+def encode_image(image, image_format):
     """The bytes of a PNG or lossless WebP file of a tensor [3, H, W] in [0, 1]."""
     buffer = io.BytesIO()
     as_picture(image).save(buffer, image_format, lossless=True)

@@ -121,10 +121,9 @@ def write_inversion(folder, facts, vectors, tensors, pictures, known=None):
         facts |= {k: known[k] for k in ("initializer_token", "textual_inversion_loss")}
         facts["added"] = facts["images"][len(known["images"]) - len(known.get("added", [])) :]
         facts["reconstruction_psnr_db"] = {k: known["reconstruction_psnr_db"][k] + x for k, x in quality.items()}
-    records.save_tensors(folder / EMBEDS, {facts["placeholder_token"]: vectors})
-    if known:
         before = load(folder / NULL_TEXT, vectors.device)
         tensors = {k: torch.cat([before[k][: len(known["images"])], x]) for k, x in tensors.items()}
+    records.save_tensors(folder / EMBEDS, {facts["placeholder_token"]: vectors})
     records.save_tensors(folder / NULL_TEXT, tensors)
     records.write_json(folder / RECORD, facts)  # last: it marks the class as done
 
@@ -164,8 +163,8 @@ def is_done(root, names):
 def batches(root, new, settings, args, num_processes):
     """The `new` classes in groups that are inverted together. A group whose inversion was interrupted stays as it was:
     in other company the last bits would differ."""
-    begun = [g for g in interrupted(root).values() if not is_done(root, g) and set(g) <= settings.keys()]
-    begun = [group for group in begun if (partial_folder(group, settings, args) / CLASSES).is_file()]
+    begun = {k: g for k, g in interrupted(root).items() if not is_done(root, g) and set(g) <= settings.keys()}
+    begun = [group for folder, group in begun.items() if folder == partial_folder(group, settings, args)]
     rest = [name for name in new if not any(name in group for group in begun)]
     size = max(1, min(args.class_batch_size, -(-len(rest) // num_processes)))  # so that each process has some
     return begun + [rest[i : i + size] for i in range(0, len(rest), size)]

@@ -5,7 +5,6 @@ Hugging Face hub's timm format (`config.json`, `model.safetensors`). Images are 
 size: `normalize` makes of them what a model wants.
 """
 
-import shutil
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +26,7 @@ from common import architectures, statistics
 from common.cli import UserError, refusing
 from common.images import load_folder
 from common.memory import batch_bytes
-from common.records import blaming, fingerprint, read_json, save_tensors, whole_file
+from common.records import blaming, fingerprint, read_json, save_tensors, whole_file, write_file
 
 PICKLE = ValueError("its weights are a pickle file, and only safetensors are read.")
 
@@ -120,8 +119,7 @@ def save_model(model, folder, classes, as_it_is=True):
         with whole_file(Path(folder) / "config.json") as temporary:  # first: it says whose weights they are
             save_config_for_hf(model, temporary, {"label_names": list(classes)}, data_config=data_config)
         if is_ours(model):
-            with whole_file(Path(folder) / "architectures.py") as temporary:
-                shutil.copyfile(architectures.__file__, temporary)
+            write_file(Path(folder) / "architectures.py", Path(architectures.__file__).read_bytes())
         save_tensors(Path(folder) / "model.safetensors", model.state_dict())
         loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         if as_it_is:
@@ -220,9 +218,9 @@ def with_head(model):
     return lambda images: model(normalize(model, images))
 
 
-def accuracy_on(folder, classifier, size, classes):
-    """The accuracy, as `statistics.accuracy`, of a function of images [B, 3, size, size] to logits on a folder."""
-    images, labels, *_ = load_folder(folder, size, classes)
+def accuracy_on(folder, model, classifier, classes):
+    """The accuracy, as `statistics.accuracy`, on a folder of a model, `classifier` being its function to logits."""
+    images, labels, *_ = load_folder(folder, input_size(model)[0], classes)
     return statistics.accuracy(answers(classifier, images, f"classifying {folder}").argmax(-1) == labels)
 
 
@@ -294,6 +292,7 @@ class PrototypeClassifier(nn.Module):
         with torch.no_grad():
             f = torch.cat([features(model, batch) for batch in images.split(batch_size)])
             center, prototypes = cosine_prototypes(f, labels)
+        self.support_features = f
         self.register_buffer("center", center)
         self.register_buffer("prototypes", prototypes)
         self.spread = max((f - center).norm(dim=-1).mean().item(), 1e-6)  # equal supports have none

@@ -20,18 +20,19 @@ MARGIN = 1.05  # more episodes than needed, so that the last few need no stage o
 ENOUGH = 20  # episodes to know a variance by: fewer do not decide on more than these
 
 
-def variance_range(m, levels=(0.05, 0.5, 0.95)):
-    """What s2 may be after a pilot of these Moments: quantiles of its posterior under a flat prior of log(s2 + v / Q).
+def variance_range(m):
+    """What s2 may be after a pilot of these Moments: the 5, 50 and 95% quantiles of its posterior under a flat prior of
+    log(s2 + v / Q).
 
     (P - 1) spread / (s2 + v / Q) is chi-squared with P - 1 degrees of freedom, cut off where s2 < 0: a pilot whose
     episodes happen to vary no more than their queries does not make s2 nothing. Endless episodes know s2.
     """
     if np.isinf(m.episodes):
-        return [float(m.s2)] * len(levels)
+        return [float(m.s2)] * 3
     degrees, noise = m.episodes - 1, statistics.smoothed(m)[1] / m.queries
     squares = degrees * max(m.spread, 1 / (12 * m.queries**2))
     possible = chi2.cdf(squares / noise, degrees)
-    return [max(0.0, float(squares / chi2.ppf((1 - level) * possible, degrees) - noise)) for level in levels]
+    return [max(0.0, float(squares / chi2.ppf(above * possible, degrees) - noise)) for above in (0.95, 0.5, 0.05)]
 
 
 def largest_square(m, half_width):
@@ -80,9 +81,10 @@ def plan(m, episode_seconds, query_seconds, half_width=None, budget_seconds=None
         raise ValueError("an episode and a query must cost something")
     if half_width is not None and not 0 < half_width < 0.5:
         raise ValueError(f"a half-width of {half_width} is not between 0 and 0.5")
-    queries = np.arange(ways, (max_queries or 100_000) + 1, ways)
+    most = max(100_000, ways) if max_queries is None else max_queries
+    queries = np.arange(ways, most + 1, ways)
     if not len(queries):
-        raise ValueError(f"{max_queries} queries an episode are less than one a class")
+        raise ValueError(f"{most} queries an episode are less than one a class")
     seconds = episode_seconds + queries * query_seconds
     low, middle, high = variance_range(m)
 
@@ -192,9 +194,10 @@ def expected(args):
         )
     mean, s2, is_accuracy = args.accuracy or 0.0, args.episode_variance, args.disagreement is None
     square = mean if is_accuracy else args.disagreement
-    if not 0 < square < 1 or square - mean**2 < s2:
+    if not 0 < square < 1 or square - mean**2 < s2 or abs(mean) > square:
         raise UserError(
             f"--plan: a mean of {mean} and a variance of {s2} do not go together: 0 <= s2 <= {square:g} - {mean:g}^2"
+            + f", and methods that differ on {square:g} of the queries differ by no more" * (abs(mean) > square)
         )
     m = Moments(0 if is_accuracy else -1, mean, square, square - mean**2 - s2, s2, np.inf, np.inf)
     return m, {}, args.num_ways, "an accuracy" if is_accuracy else "a difference"
@@ -210,7 +213,7 @@ def print_plan(args):
     cost |= {what: seconds for what, seconds in given.items() if seconds is not None}
     if len(cost) < 2:
         raise UserError("--plan without --pilot needs --episode_seconds and --query_seconds.")
-    with refusing("--plan cannot be ({error}).", ValueError):
+    with refusing("--plan cannot be ({error}).", (ValueError, OverflowError)):
         found = plan(m, **cost, half_width=args.half_width, budget_seconds=args.budget_seconds,
                      max_queries=args.max_queries, ways=ways)  # fmt: skip
     low, _, high = variance_range(m)

@@ -66,7 +66,7 @@ def interval_plot(rows, label, zero=False, lines=()):
     """Points with whiskers, one below the other, on an axis of that label, of rows (name, mean, low, high). `zero` is
     marked if wished; `lines`, each of a value for each row, run thinly from row to row."""
     axes = new_axes(34 * len(rows) + 45)
-    if len(lines):
+    if lines:
         opacity = max(0.08, min(0.7, 12 / len(lines)))
         paths = [[(value, y) for y, value in enumerate(line)] for line in lines]
         axes.add_collection(LineCollection(paths, colors=PAGE["soft"], linewidths=0.8, alpha=opacity))

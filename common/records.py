@@ -106,11 +106,16 @@ def remove_folder(folder):
             Path(place).rmdir()
 
 
+def write_file(path, content):
+    """Writes bytes to a file, which appears whole or not at all: see `whole_file`."""
+    with whole_file(path) as temporary:
+        temporary.write_bytes(content)
+
+
 def save_tensors(path, tensors, facts=None):
     """Writes {name: tensor}, and facts {name: text}, as a safetensors file."""
     tensors = {name: x.detach().cpu().clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
-    with whole_file(path) as temporary:
-        temporary.write_bytes(save(tensors, facts))  # safetensors' own way to a file lets nobody else read it
+    write_file(path, save(tensors, facts))  # safetensors' own way to a file lets nobody else read it
 
 
 def blaming(path):
@@ -119,13 +124,11 @@ def blaming(path):
 
 
 def write_json(path, value):
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
+    write_file(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def write_json_lines(path, rows):
-    with whole_file(path) as temporary:
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_file(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def read_json_lines(path):
@@ -150,13 +153,14 @@ def keep_apart(args):
     read what it has written."""
     if os.fsencode(args.output_dir) != str(args.output_dir).encode(errors="replace"):
         raise UserError(f"--output_dir {args.output_dir!r}: that name is no UTF-8. Give another.")
-    output = Path(args.output_dir).resolve()
+    output = Path(os.path.realpath(args.output_dir))  # which, unlike Path.resolve, takes a link to itself
     options = [name for name in vars(args) if name in INPUTS or (name.endswith("_dir") and name != "output_dir")]
     for option in options:
         values = vars(args)[option]
         for value in map(str, filter(None, values if isinstance(values, list) else [values])):
-            folder = Path(value if Path(value).exists() else value.partition("=")[2] or value)  # [NAME=]PATH
-            source = folder.resolve()
+            path = value if Path(value).exists() else value.partition("=")[2] or value  # [NAME=][prototypes:]PATH
+            folder = Path(path if Path(path).exists() else path.removeprefix("prototypes:"))
+            source = Path(os.path.realpath(folder))
             relations = {"is": output == source, "lies in": source in output.parents, "holds": output in source.parents}
             relation = next((name for name, is_so in relations.items() if is_so), None)
             beside = relation == "holds" and option in ("dataset", "dataset_dir", "web_dir")  # evaluate.py's results

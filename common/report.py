@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 
 from common.images import as_picture
 from common.plots import alpha_plot, calibration_plot, interval_plot, latency_plot
-from common.records import whole_file
+from common.records import write_file
 
 
 def percent(value):
@@ -120,8 +120,7 @@ def fidelity_table(results):
     rows = []
     for name, v in results["fidelity"].items():
         row = [name, f"{v['max_abs_diff']:.1e}", f"{v['mean_abs_diff']:.1e}", percent(v["top1_agreement"])]
-        change = v.get("accuracy_change")
-        if change:
+        if change := v.get("accuracy_change"):
             row += [with_interval(v["accuracy"]), points(change["mean"], *change["ci95"])]
         rows.append(row + [""] * (6 - len(row)))
     head = ["student in", "largest difference", "mean", "top-1 agrees, %", "accuracy, %", "change, points"]
@@ -132,8 +131,8 @@ def export_page(results):
     """Table and plot of an exported student, and its latencies for each size of batch and number of threads; the plot
     is of the smallest batch and, on the CPU, most threads."""
     accuracies = results["accuracy"] | {f"student {k}": v.get("accuracy") for k, v in results["fidelity"].items()}
-    smallest, most = (min, "batch_size"), (max, "threads")
-    smallest, most = (end([row[key] for row in results["latency"]], default=1) for end, key in (smallest, most))
+    smallest = min((row["batch_size"] for row in results["latency"]), default=1)
+    most = max((row["threads"] for row in results["latency"]), default=1)
     latencies, rows = defaultdict(list), []
 
     def conditions(batch_size, threads):
@@ -167,5 +166,4 @@ def write_report(path, results):
     "benchmark", "accuracy" or "generated", or export.py into benchmark.json, "export"."""
     template = TEMPLATES.get_template(results["kind"] + Path(path).suffix)
     page = template.render(results, **PAGES[results["kind"]](results))
-    with whole_file(path) as temporary:
-        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")  # names may be no UTF-8
+    write_file(path, page.encode(errors="backslashreplace"))  # names may be no UTF-8

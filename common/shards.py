@@ -64,12 +64,15 @@ def read_folder(folder):
 
 def read_shards(folder, shards):
     dataset, missing = optional("webdataset", "A tar shard").WebDataset, read_metadata(folder)
-    urls = [str(shard.resolve()) for shard in shards]  # in other paths it finds schemes
+    urls, empty = [str(shard.resolve()) for shard in shards], True  # in other paths it finds schemes
     with refusing(f"{folder} holds a damaged shard ({{error}}): generate again elsewhere."):
         for sample in dataset(urls, shardshuffle=False, nodesplitter=iter):
             row = json.loads(sample["json"])
             if row["file_name"]:
                 missing.pop(row["file_name"], None)
+                empty = False
                 yield row, io.BytesIO(sample[Path(row["file_name"]).suffix[1:]])
     if missing:  # of a shard that is not there, or was cut off between two images
         raise UserError(f"{folder}: shards lack {len(missing)} images, as {min(missing)}: generate again elsewhere.")
+    if empty:  # all were dropped
+        raise UserError(f"{folder} holds no image.")

@@ -63,19 +63,19 @@ def accuracy(correct):
     return {"mean": hits / count, "ci95": list(wilson_interval(hits, count)), "count": count}
 
 
-def paired_difference(a, b, z=Z95):
+def paired_difference(a, b):
     """How much more often `a` is right than `b`, 1 or 0 of each of the same trials, with its 95% interval, which is
     Tango's and keeps its coverage where the two seldom differ: (difference, low, high) in [-1, 1]."""
     signs = np.subtract(a, b, dtype=int)
-    low, high = matched_interval((signs > 0).sum(), (signs < 0).sum(), len(signs), z)
+    low, high = matched_interval((signs > 0).sum(), (signs < 0).sum(), len(signs))
     return float(signs.mean()), float(low), float(high)
 
 
-def trials_to_tell(a, b, z=Z95):
+def trials_to_tell(a, b):
     """How many trials would show which of `a` and `b` is right more often, if their differences go on as they do (the
     interval of `paired_difference` then leaves out 0); None where they are right equally often."""
     signs = np.subtract(a, b, dtype=int)
-    return int(z**2 * np.abs(signs).mean() / signs.mean() ** 2) + 1 if signs.mean() else None
+    return int(Z95**2 * np.abs(signs).mean() / signs.mean() ** 2) + 1 if signs.mean() else None
 
 
 def pairs_of(names):

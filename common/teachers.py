@@ -106,8 +106,7 @@ def specialise(model, supports, labels, kind, scale, augment, steps=50, held_out
 
     halves = torch.stack([(labels[:i] == label).sum() % 2 for i, label in enumerate(labels)]) == 1
     can_hold_out = all((labels[half] == c).any() for half in (halves, ~halves) for c in labels.unique())
-    rates = LEARNING_RATES[kind] if kind in LEARNING_RATES and can_hold_out else (0,)
-    rate = min(rates, key=errors) if len(rates) > 1 else 0
+    rate = min(LEARNING_RATES[kind], key=errors) if kind in LEARNING_RATES and can_hold_out else 0
     return trained(labels >= 0, rate).eval().requires_grad_(False)
 
 

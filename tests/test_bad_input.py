@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from argparse import Namespace
 
 import numpy as np
 import onnx
@@ -25,7 +26,7 @@ from common import icons_fs
 from common.cli import UserError, run
 from common.inversion import interrupted
 from common.processes import stopwatch
-from common.records import read_json_lines
+from common.records import keep_apart, read_json_lines
 from common.shards import write_shard
 from tests.conftest import PYTHON, ROOT, launch
 
@@ -155,6 +156,9 @@ def test_kinds_of_diffusion_models_that_are_not_taken(folder):
     assert "is a single file: make a folder of it" in invert(folder, *single)
     (model / "tint.json").write_text('{"tint_invert": {"guidance": 3}}')
     assert "tint.json should hold" in invert(folder, *given)
+    for half in ('{"compare_ddim": 0}', '{"max_train_steps": true}'):  # a switch is no number, nor a number a switch
+        (model / "tint.json").write_text(f'{{"tint_invert": {half}}}')
+        assert "tint.json should hold" in invert(folder, *given)
     (model / "tint.json").unlink()
     for part in ("unet", "vae"):
         weights = model / part / "diffusion_pytorch_model.safetensors"
@@ -244,6 +248,14 @@ def test_damaged_shard(run_dir, tmp_path):
     err = rejected("distill.py", "--support_dir", run_dir / "support", "--train_dir", shards, "--output_dir",
                    tmp_path / "student", "--max_train_steps", 1)  # fmt: skip
     assert f"{shards}: shards lack 1 images, as " in err
+    row = {"label": "a", "index": 0, "file_name": None}
+    write_shard(shard, [row], [b""])
+    (shards / "none").mkdir()
+    shutil.move(shard, shards / "none" / "000000.tar")
+    (shards / "none" / "metadata.jsonl").touch()
+    err = rejected("export.py", "--model", ROOT / "assets" / "student", "--data_dir", shards / "none", "--precision",
+                   "int8", "--output_dir", tmp_path / "export")  # fmt: skip
+    assert f"{shards / 'none'} holds no image." in err
     shard.write_bytes(whole[:700])
     distil = ("distill.py", "--support_dir", run_dir / "support", "--train_dir", shards, "--output_dir",
               tmp_path / "student")  # fmt: skip
@@ -444,6 +456,16 @@ def test_paths_that_no_file_system_takes_get_a_message(tmp_path):
         assert message in err or "no such file" in err
 
 
+def test_output_that_is_a_model_or_a_link_to_itself(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    assert "loop: File exists" in rejected("-m", "common.datasets", "--split", "val", "--output_dir", tmp_path / "loop")
+    shutil.copytree(ROOT / "assets" / "student", tmp_path / "model")
+    for spec in (f"prototypes:{tmp_path / 'model'}", f"a=prototypes:{tmp_path / 'model'}", f"a={tmp_path / 'model'}"):
+        args = Namespace(output_dir=str(tmp_path / "model"), model=[spec])
+        with pytest.raises(UserError, match="is --model"):
+            keep_apart(args)
+
+
 def test_other_errors_keep_their_traceback():
     def main(args):
         torch.zeros(2).view(3)
@@ -541,6 +563,13 @@ def test_int8_without_images_and_tensorrt_without_tensorrt(run_dir, tmp_path):
     assert "pip install tensorrt" in err
     assert f"{tmp_path / 'student_int8.onnx'} is of an earlier export" in err
     assert list(json.loads((tmp_path / "benchmark.json").read_text())["bytes"]) == ["student_fp32.onnx"]
+
+
+def test_an_episode_beside_somebody_elses_queries(tmp_path):
+    (tmp_path / "query" / "mine").mkdir(parents=True)
+    (tmp_path / "query" / "mine" / "a.png").touch()
+    err = rejected("-m", "common.datasets", "--split", "val", "--output_dir", tmp_path)
+    assert str(tmp_path / "query") in err and not (tmp_path / "episode.json").exists()
 
 
 def test_episode_with_too_many_ways(tmp_path):

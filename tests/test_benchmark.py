@@ -346,6 +346,15 @@ def test_planning_from_a_pilot(tmp_path, capsys):
         (("--half_width", 0.01, "--pilot", tmp_path / "none.json"), "no such file"),
         (("--half_width", 0.01, "--pilot", tmp_path / "results.json", "--method", "tint"), "has teacher, prototypes"),
         (("--budget_seconds", 10, *numbers), "do not pay for two episodes"),
+        (
+            ("--budget_seconds", 1e308, *numbers, "--episode_seconds", 1e-9, "--query_seconds", 0),
+            "cannot be .*infinity",
+        ),
+        (
+            ("--half_width", 0.01, *numbers, "--disagreement", 0.1, "--accuracy", 0.2, "--episode_variance", 0),
+            "differ on 0.1 of the queries differ by no more",
+        ),
+        (("--half_width", 0.01, *numbers, "--num_ways", 9, "--max_queries", 8), "8 queries an episode are less than"),
     ]:
         with pytest.raises(UserError, match=message):
             plan(*options)
@@ -439,6 +448,11 @@ def test_a_class_that_is_too_small_is_told_before_any_work(tmp_path):
     with pytest.raises(UserError, match="c has 1 images beside its supports"):
         evaluate.main(evaluate.parse_args([*map(str, options)]))
     assert not (tmp_path / "out").exists()
+    # Of a pilot without c nobody knows whether its later episodes will have it.
+    options = [*map(str, options), "--num_episodes", "2", "--half_width", "0.05", "--num_ways", "1"]
+    seed = next(s for s in range(99) if all("c" not in datasets.draw_episode(data, 1, 1, s, k) for k in (0, 1)))
+    with pytest.raises(UserError, match="--half_width may draw any class, of which the smallest has 1 images"):
+        evaluate.main(evaluate.parse_args([*options, "--seed", str(seed)]))
 
 
 def test_a_student_that_knows_some_of_the_classes_is_refused_unless_prototypes_are_asked_for(tmp_path, capsys):

@@ -295,6 +295,12 @@ def test_fewer_steps_are_those_of_dpm_solver():
     torch.testing.assert_close(found, z, rtol=1e-5, atol=1e-5)
 
 
+def test_a_models_own_settings_may_choose_a_preset(tmp_path):
+    (tmp_path / "tint.json").write_text('{"tint_invert": {"preset": "reference", "num_vectors": 2}}')
+    args = tint_invert.parse_args(["--pretrained_model_name_or_path", str(tmp_path), "--null_text_steps", "3"])
+    assert (args.max_train_steps, args.num_inference_steps, args.null_text_steps, args.num_vectors) == (5000, 25, 3, 2)
+
+
 def test_the_reference_preset_is_the_papers_and_the_command_line_has_the_last_word():
     args = tint_invert.parse_args(["--preset", "reference", "--null_text_steps", "3"])
     assert (args.max_train_steps, args.train_batch_size, args.learning_rate, args.patience) == (5000, 1, 1e-3, 0)

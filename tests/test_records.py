@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import stat
+from argparse import Namespace
 from multiprocessing import get_context
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from common import models
 from common.cli import UserError
+from common.inversion import batches, begin
 from common.records import (
     TEMPORARY,
     blaming,
@@ -155,3 +157,12 @@ def test_what_fails_inside_is_laid_to_the_file_and_a_message_stays_as_it_is(tmp_
             {}["mean"]
     with pytest.raises(UserError, match=r"^give another$"), blaming(tmp_path / "x.json"):
         raise UserError("give another")
+
+
+def test_classes_that_were_interrupted_with_two_settings_are_inverted_once(tmp_path):
+    args = Namespace(output_dir=tmp_path, null_text_batch_size=2, class_batch_size=5)
+    for steps in (1, 2):
+        settings = {name: {"max_train_steps": steps} for name in ("a", "b", "c")}
+        begin(["a", "b"], settings, args)
+    assert batches(tmp_path, ["a", "b", "c"], settings, args, 1) == [["a", "b"], ["c"]]
+    assert batches(tmp_path, ["a", "b", "c"], settings | {"a": {}}, args, 1) == [["a", "b", "c"]]

@@ -447,6 +447,14 @@ def test_adding_is_adding(run_dir, tmp_path):
     assert sum(row["label"] == new for row in rows) == 6
     out, _ = launch(*make)
     assert "0 made now" in out and files_below(tmp_path / "generated") == after
+    free = ("tint_generate.py", "--inversion_dir", tmp_path / "inversion", "--method", "textual_inversion",
+            "--num_images_per_class", 2)  # fmt: skip
+    out, _ = launch(*free, "--output_dir", tmp_path / "free")
+    assert "6 images in" in out  # no support has a share of images that are made of none
+    (tmp_path / "support").rename(tmp_path / "moved")
+    out, _ = launch(*make, "--support_dir", tmp_path / "moved", "--output_dir", tmp_path / "elsewhere")
+    assert (pixels(tmp_path / "elsewhere" / "grid.png") == pixels(tmp_path / "generated" / "grid.png")).all()
+    (tmp_path / "moved").rename(tmp_path / "support")
     photo = tmp_path / "support" / names[0] / "more.png"
     photo.rename(tmp_path / "more.png")  # of what is gone, or is another, nothing more is made
     _, err = launch(*make, "--num_images_per_class", 9, code=2)
@@ -617,6 +625,9 @@ def test_small_images_can_be_upscaled_by_a_network(run_dir, tiny_sd1, tmp_path):
     made = {"bicubic": tmp_path / "plain", tmp_path / "esrgan.safetensors": tmp_path / "upscaled"}
     for upscaler, output_dir in made.items():
         launch("tint_invert.py", *options, "--output_dir", output_dir, "--upscaler", upscaler)
+    (tmp_path / "plain" / "config.json").touch()  # a folder to start in that looks like a model's
+    out, _ = launch(ROOT / "tint_invert.py", *options, "--output_dir", ".", cwd=tmp_path / "plain")
+    assert "of which 0 new" in out
     ours, plain = (load_file(d / name / "null_text.safetensors")["latents"] for d in made.values())
     assert (ours - plain).abs().mean() > 0.01
     save_file({k: v / 2 for k, v in network.state_dict().items()}, upscaler)

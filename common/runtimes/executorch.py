@@ -13,7 +13,7 @@ import torch
 from common.cli import refusing
 from common.models import input_size
 from common.preprocessing import WithPreprocessing
-from common.records import whole_file, write_json
+from common.records import write_file, write_json
 from common.runtimes.base import Runtime, as_input
 from common.runtimes.onnxruntime import metadata_of
 
@@ -48,8 +48,7 @@ def build_program(module, example, path):
 
     exported = torch.export.export(module, (example,))
     program = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()]).to_executorch()
-    with whole_file(path) as temporary:
-        temporary.write_bytes(program.buffer)
+    write_file(path, program.buffer)
 
 
 class ExecuTorch(Runtime):

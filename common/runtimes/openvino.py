@@ -1,7 +1,5 @@
 """A student's ONNX file in OpenVINO."""
 
-from pathlib import Path
-
 import torch
 
 from common.runtimes.base import Runtime
@@ -28,7 +26,7 @@ class OpenVino(Runtime):
             "EXECUTION_MODE_HINT": "ACCURACY",  # else it may compute in half precision
             "INFERENCE_NUM_THREADS": num_threads or torch.get_num_threads(),
         }
-        self.compiled = openvino.Core().compile_model(str(Path(path)), "CPU", config)
+        self.compiled = openvino.Core().compile_model(str(path), "CPU", config)
         self.describe(metadata_of(path))
 
     def run(self, inputs):

@@ -12,8 +12,9 @@ import onnx
 import torch
 
 from common.cli import UserError, refusing
-from common.records import whole_file, write_json
+from common.records import write_file, write_json
 from common.runtimes.base import Runtime
+from common.runtimes.onnxruntime import metadata_of
 
 
 def import_tensorrt(ready):
@@ -76,13 +77,10 @@ def build_engine(onnx_path, engine_path, opt_batch_size, max_batch_size, workspa
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise UserError(f"TensorRT {trt.__version__} cannot build {onnx_path}: its messages above say why.")
-    with whole_file(engine_path) as path:
-        path.write_bytes(engine)
+    write_file(engine_path, engine)
     if cache is not None:
-        with whole_file(timing_cache) as path:
-            path.write_bytes(cache.serialize())
-    metadata = onnx.load(onnx_path, load_external_data=False).metadata_props
-    write_json(f"{engine_path}.json", {entry.key: entry.value for entry in metadata})
+        write_file(timing_cache, cache.serialize())
+    write_json(f"{engine_path}.json", metadata_of(onnx_path))
 
 
 def attach_timing_cache(config, path):

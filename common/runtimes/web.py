@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 
 from common.cli import UserError
-from common.records import whole_file
+from common.records import write_file
 from common.report import TEMPLATES
 
 PACKAGE = "node_modules/onnxruntime-web"  # where npm puts it
@@ -43,8 +43,7 @@ def write_page(folder, graph, classes, package=PACKAGE):
     contents = {"student.onnx": graph, "index.html": page.encode()}
     contents |= {name: (built / name).read_bytes() for name in FILES if built}
     for name, content in contents.items():
-        with whole_file(folder / name) as path:
-            path.write_bytes(content)
+        write_file(folder / name, content)
 
 
 def serving(folder):
