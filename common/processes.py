@@ -35,8 +35,8 @@ def start(args):
             project_dir=args.output_dir, kwargs_handlers=[InitProcessGroupKwargs(timeout=MEETING)],
         )  # fmt: skip
     if torch.distributed.is_initialized():
-        older = torch.distributed.distributed_c10d._set_pg_timeout  # than torch 2.14
-        getattr(torch.distributed, "set_timeout", older)(PATIENCE)
+        newer = getattr(torch.distributed, "set_timeout", None)  # since torch 2.14
+        (newer or torch.distributed.distributed_c10d._set_pg_timeout)(PATIENCE)
     if args.report_to and not accelerator.log_with:
         raise UserError(f"--report_to {args.report_to}: that tracker is not installed (pip install {args.report_to}).")
     launched_with_default = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
