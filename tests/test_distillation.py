@@ -621,6 +621,7 @@ def main(args):
     if accelerator.process_index == 1:
         time.sleep(int(sys.argv[1]) + 2)
     print("met", accelerator.gather(torch.tensor([accelerator.process_index])).tolist())
+    accelerator.end_training()  # as each script does: else the group may abort when Python ends
 
 cli.run(main, lambda: cli.argument_parser("", sys.argv[2]).parse_args([]))
 """
