@@ -153,7 +153,7 @@ def generate(rows, folders, pipe, schedule, prompt_embeds, empty, device, args, 
 def load_teacher(folders, args, device):
     """The teacher, specialised by cosine prototypes on the support images of the classes in `folders`, and the share of
     them that it gets right when each is held out, or None. A UserError where there is one class only, or none."""
-    roots = {name: Path(args.support_dir or facts["support_dir"]) / name for name, facts in folders.items()}
+    roots = {name: Path(facts["support_dir"]) / name for name, facts in folders.items()}
     paths, labels = with_labels({name: [root / k for k in folders[name]["images"]] for name, root in roots.items()})
     missing = [path for path in paths if not path.is_file()]
     if missing or len(folders) < 2:
@@ -184,8 +184,7 @@ def save_overview(rows, folders, args, columns=24):
     per_class = min(columns // len(names), *(len(folders[name]["images"]) for name in names))
     grid, titles, blank, groups = [], [], torch.ones(3, args.image_size, args.image_size), {}
     if args.method != "textual_inversion":
-        roots = {name: Path(args.support_dir or folders[name]["support_dir"]) / name for name in names}
-        paths = [roots[name] / image for name in names for image in folders[name]["images"][:per_class]]
+        paths = [Path(folders[n]["support_dir"]) / n / s for n in names for s in folders[n]["images"][:per_class]]
         if all(path.is_file() for path in paths):
             grid.append([load_image(path, args.image_size) for path in paths])
             titles.append("supports")

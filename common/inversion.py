@@ -87,7 +87,9 @@ def open_inversions(args):
     if not paths:
         raise UserError(f"{root} holds no <class>/{RECORD}: run tint_invert.py --output_dir {root} first.")
     folders = {record.parent.name: open_inversion(record.parent) for record in paths}
-    supports = {name: Path(args.support_dir or facts["support_dir"]) for name, facts in folders.items()}
+    for facts in folders.values():
+        facts["support_dir"] = args.support_dir or facts["support_dir"]  # which may have moved since
+    supports = {name: Path(facts["support_dir"]) for name, facts in folders.items()}
     for folder in set(supports.values()):
         records.keep_apart(argparse.Namespace(output_dir=args.output_dir, support_dir=str(folder)))
     if any((folder / name).is_dir() for name, folder in supports.items()):  # else all have moved
