@@ -50,7 +50,7 @@ def main(args):
     model, dataset = models.load_model(args.teacher), datasets.load_dataset("icons_fs", args.split)
     found = {}
     for index in range(args.num_episodes):
-        folder = Path(args.output_dir) / args.split / f"{index:03d}"
+        folder = Path(args.output_dir) / args.split / f"{args.seed}-{index:03d}"
         if not (folder / "support").is_dir():
             write_supports(dataset, 5, 5, args.seed, index, folder / "support")
         inversions = {"inversion": [], "plain": ["--prompt", "an icon", "--max_train_steps", "0"]}

@@ -44,11 +44,12 @@ def main(args):
     torch.set_num_threads(args.num_threads)
     dataset, root, found = datasets.load_dataset("icons_fs", args.split), Path(args.output_dir), {}
     for index in range(args.num_episodes):
-        supports = root / f"{index:03d}" / "support"
+        folder = root / args.split / f"{args.seed}-{index:03d}"
+        supports = folder / "support"
         if not supports.is_dir():
             write_supports(dataset, 5, flops.SHOTS, args.seed, index, supports)
         for name in args.settings:
-            output_dir = root / f"{index:03d}" / name.replace(" ", "_")
+            output_dir = folder / name.replace(" ", "_")
             options = f"--pretrained_model_name_or_path '{flops.DEFAULTS}' {SETTINGS[name]} {SHARED}"
             settings = tint_invert.parse_args(shlex.split(options))
             records = flops.invert_into_mini_sd(settings, supports, output_dir)

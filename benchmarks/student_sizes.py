@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks import write_supports
 from common import datasets, models
 from common.cli import HelpFormatter, natural_int, positive_int, run
-from common.records import read_json
+from common.records import check_settings, read_json, write_json
 from common.report import with_interval
 from common.statistics import benchmark_accuracy
 
@@ -35,6 +35,12 @@ PRECISIONS = "fp32", "int8"
 
 def students(args):
     return STUDENTS | {str(Path(folder).resolve()): 64 for folder in args.more}
+
+
+def folder_of(name):
+    """The name of a student's folder; of one that starts from weights, these tell it from others."""
+    weights = models.weights_of(name)
+    return f"{Path(name).name}-{weights}" if weights else name
 
 
 def script(name, folder, *options, done):
@@ -72,15 +78,15 @@ def run_episode(folder, dataset, index, args):
     found = {}
     for name, size in students(args).items():
         trained = "--support_dir", support, "--train_dir", generated, "--max_train_steps", args.max_train_steps, *seed
-        student = distilled(folder / Path(name).name, name, size, *trained)
+        student = distilled(folder / folder_of(name), name, size, *trained)
         images = "--data_dir", generated, "--query_dir", query, "--support_dir", support
-        found[name] = export(folder / f"{Path(name).name}-export", student, *images)
+        found[name] = export(folder / f"{folder_of(name)}-export", student, *images)
     return found
 
 
 def latency_at(size, name, root):
     """export.py's word on the student `name` of hardly any training, at another size of images."""
-    folder, support = root / f"{size}" / Path(name).name, root / "000" / "support"
+    folder, support = root / f"{size}" / folder_of(name), root / "000" / "support"
     student = distilled(folder, name, size, "--support_dir", support, "--supports_only", "--max_train_steps", 2)
     return export(root / f"{size}" / f"{folder.name}-export", student, "--support_dir", support)
 
@@ -101,6 +107,9 @@ def cells(results, precision):
 def main(args):
     os.environ["OMP_NUM_THREADS"] = str(args.num_threads)
     dataset, root = datasets.load_dataset("icons_fs", args.split), (ROOT / args.output_dir).resolve()
+    settings = {name: vars(args)[name] for name in ("split", "num_images", "max_train_steps", "seed")}
+    if not check_settings(root / "settings.json", settings):
+        write_json(root / "settings.json", {"settings": settings})
     episodes = [run_episode(root / f"{k:03d}", dataset, k, args) for k in range(args.num_episodes)]
     print("| student | parameters | side | MFLOP | accuracy, fp32 | int8 | ms, fp32 | int8 | MB, fp32 | int8 "
           "| ms at 224 pixels, fp32 | int8 |\n|---|" + "---|" * 11)  # fmt: skip
@@ -109,7 +118,7 @@ def main(args):
         parts = zip(*(cells(results, precision) for precision in PRECISIONS))
         large = [latency_at(224, name, root)] if size > 32 else []
         slow = [cells(large, precision)[1] if large else "" for precision in PRECISIONS]
-        parameters = sum(p.numel() for p in models.load_model(root / "000" / Path(name).name).parameters())
+        parameters = sum(p.numel() for p in models.load_model(root / "000" / folder_of(name)).parameters())
         facts = f"{parameters:,}", str(size), f"{results[0]['flops']['student'] / 1e6:.0f}"
         print("|", " | ".join([Path(name).name, *facts, *(cell for part in parts for cell in part), *slow]), "|")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that it runs as a file, too
 
-from common.cli import HelpFormatter, positive_int, run
+from common.cli import HelpFormatter, UserError, positive_int, run
 from common.records import read_json
 from common.report import points, with_interval
 
@@ -96,6 +96,8 @@ def table(results):
 
 
 def main(args):
+    if "tint" not in args.methods:
+        raise UserError("--methods lacks tint, which the others are compared with: name it too.")
     print(table(run_episodes(args, arms(args))))
 
 
