@@ -36,7 +36,8 @@ STAGES = {  # each word is filled in on its own, so that paths may hold spaces
     "episode": "-m common.datasets --output_dir {root} --split {split}",
     "invert": "tint_invert.py --support_dir {support} --output_dir {root}/inversion"
               " --pretrained_model_name_or_path {diffusion}",
-    "generate": "tint_generate.py --inversion_dir {root}/inversion --output_dir {root}/generated",
+    "generate": "tint_generate.py --inversion_dir {root}/inversion --output_dir {root}/generated"
+                " --teacher {teacher}",
     "distill_supports": "distill.py --supports_only --support_dir {support} --output_dir {root}/student_supports"
                         " --teacher {teacher} --student {student} --query_dir {query}",
     "distill": "distill.py --train_dir {root}/generated --support_dir {support} --output_dir {root}/student"
@@ -81,32 +82,32 @@ def hold_out(photos, folder, root, seed):
 
 
 def find_photos(args, root):
-    """The folders of supports and of queries, or None for the latter. What was made of other photos is put aside.
-
-    Raises:
-        UserError: folders that hold no photos, or a photo in both.
-    """
+    """The folders of supports and of queries, or None for the latter. What was made of other photos is put aside. A
+    UserError tells of folders that hold no photos, other classes or a single one, or a photo in both."""
     keep_apart(args)
     photos = list_images(args.support_dir) if args.support_dir else {}
-    queries = list_images(args.query_dir) if args.query_dir else {}
+    if len(photos) == 1:
+        raise UserError(f"{args.support_dir} holds one class only: there is nothing to tell apart.")
+    queries = list_images(args.query_dir, list(photos)) if args.query_dir else {}
+    held_out = bool(photos) and not queries and min(map(len, photos.values())) >= ENOUGH
     require_unseen(*(itertools.chain(*x.values()) for x in (queries, photos)))
     facts, tests = ({name: fingerprint(paths) for name, paths in x.items()} for x in (photos, queries))
     record = root / "stages.json"
     known = read_json(record, dict) if record.is_file() else {}
-    if known.get("photos") != facts:
+    if (known.get("photos"), known.get("held_out", held_out)) != (facts, held_out):
         if known:
             put_aside(root)
         elif taken := [str(root / name) for name in MADE if (root / name).exists()]:
             raise UserError(f"{', '.join(taken)} is there already, and not of this program: give another --output_dir.")
-        known = {"photos": facts, "tests": tests, "stages": {}}
+        known = {"photos": facts, "tests": tests, "held_out": held_out, "stages": {}}
     with blaming(record):
         if known.get("tests") != tests:
-            known["stages"].pop("distill", None)  # which measures, too; and with it go all that follow
+            known["stages"].pop("distill_supports", None)  # which measures, too; and with it go all that follow
     write_json(record, known | {"tests": tests})
     if not photos:
         return root / "support", root / "query"
     support, query = args.support_dir, args.query_dir
-    if not queries and min(map(len, photos.values())) >= ENOUGH:
+    if held_out:
         hold_out(photos, Path(support), root, args.seed)
         support, query = root / "support", root / "query"
     records = root.glob("inversion/*/inversion.json")
@@ -136,7 +137,7 @@ def commands(args, support, query):
             continue
         if not query:
             template = template.replace(" --query_dir {query}", "").replace(" --data_dir {query}", "")
-        if not Path(HERE, args.student).is_dir():  # without weights there is nothing to measure before distillation
+        if not Path(HERE, args.student).is_dir():  # of others it is not known whether they have weights
             template = template.replace(" student_before=prototypes:{student}", "")
         words = [word.format(**values) for word in [*template.split(), "--seed", str(args.seed)]]
         found[stage] = words + words_of(vars(args).get(stage.partition("_")[0]) or "")

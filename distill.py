@@ -159,11 +159,8 @@ class Learner(nn.Module):
 
 def needs(teacher, student, num_supports, num_classes, args):
     """Passes forward and back on noise with a copy of the student. Returns the modules that training holds, as often as
-    it does, and {what is done: the bytes of activations at its peak} of a batch of views.
-
-    Raises:
-        UserError: an input size that the student's layers cannot take, batch normalisation of one view, ...
-    """
+    it does, and {what is done: the bytes of activations at its peak} of a batch of views. A UserError tells of an input
+    size that the student's layers cannot take, batch normalisation of one view, ..."""
     size = models.input_size(student)
     views = f"{args.train_batch_size} views a batch of {size[0]}x{size[1]} pixels"
     with refusing(f"--student {args.student} cannot be trained on {views} ({{error}}): give another "
@@ -196,12 +193,12 @@ def list_others(args):
     return train_dir, find_images(args.unlabeled_dir) if args.unlabeled_dir else []
 
 
-def open_others(train_dir, unlabeled, classes, size, args):
-    """(PIL image, label) of a folder of labelled images and of files of unlabelled ones, ready to make views of."""
+def open_others(unlabeled, classes, size, args):
+    """(PIL image, label) of --train_dir and of files of unlabelled images, ready to make views of."""
     others = []
-    for row, image in open_samples(train_dir) if train_dir else []:
+    for row, image in open_samples(args.train_dir) if args.train_dir else []:
         if row.get("label") not in classes:
-            raise UserError(f"{train_dir} has an image of {row.get('label')}, of which {args.support_dir} has none.")
+            raise UserError(f"{args.train_dir} has an image of {row.get('label')}, and --support_dir has none.")
         others.append((for_views(image, size, args), classes.index(row["label"])))
     return others + [(for_views(open_image(path), size, args), UNKNOWN) for path in unlabeled]
 
@@ -324,16 +321,15 @@ def finish(student, classes, paths, facts, args):
 
 
 def main(args):
-    accelerator = start(args)
-    output_dir = Path(args.output_dir)
+    args.train_dir, unlabeled = list_others(args)
+    accelerator, output_dir = start(args), Path(args.output_dir)
     by_class = list_images(args.support_dir)
     if len(by_class) < 2:
         raise UserError(f"{args.support_dir} holds one class only: there is nothing to tell apart.")
     classes, (paths, labels) = list(by_class), with_labels(by_class)
     if (card := output_dir / "README.md").is_file() and b"library_name: timm" not in card.read_bytes():
         refuse_others(card)
-    train_dir, unlabeled = list_others(args)
-    samples = list_samples(train_dir, classes) if train_dir else {}
+    samples = list_samples(args.train_dir, classes) if args.train_dir else {}
     if args.query_dir:  # a mistake is better known now than after the training
         queries = chain(*list_images(args.query_dir, classes).values())
         require_unseen(queries, [*paths, *chain(*samples.values()), *unlabeled])
@@ -344,6 +340,7 @@ def main(args):
         "teacher_weights": models.weights_of(args.teacher, args.teacher_checkpoint),
         "student_weights": models.weights_of(args.student, args.student_checkpoint),
         "num_processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
     }
     if as_main_sees(lambda: check_settings(output_dir / "distill.json", settings), accelerator):
         accelerator.print(f"{output_dir} is already there, with the same settings")
@@ -363,7 +360,7 @@ def main(args):
 
     size = max(models.input_size(teacher) + models.input_size(student))
     supports = [(for_views(open_image(path), size, args), label) for path, label in zip(paths, labels.tolist())]
-    others = open_others(train_dir, unlabeled, classes, size, args)
+    others = open_others(unlabeled, classes, size, args)
     views = Views(supports, others, len(classes), args.support_ratio, augmentation(size, args), args.seed)
     student, curve = train(student, teacher, views, args, accelerator, settings)
     accelerator.wait_for_everyone()
@@ -373,6 +370,7 @@ def main(args):
         facts = {"settings": settings, "classes": classes, "images": [len(supports), len(others)]}
         facts |= {"loss": [row[:2] for row in curve], "agreement": [row[::2] for row in curve]}
         facts["loss_of_ignorance"] = loss_of_ignorance(len(classes), args)
+        facts["starts_from"] = is_trained and (args.student_checkpoint or args.student)
         finish(student, classes, paths, facts, args)
         (output_dir / "checkpoint.safetensors").unlink(missing_ok=True)
     accelerator.end_training()

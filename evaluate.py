@@ -48,7 +48,6 @@ from common.report import data_uri, generated_table, points, with_interval, writ
 from common.runtimes import OPENED_BY, open_exported
 
 STAGES = {"invert": tint_invert, "generate": tint_generate, "distill": distill}  # that the arms of an episode run
-MODEL = ["outputs/demo/student"]
 OPTIONS = ("model", "data_dir", "support_dir", "teacher_image_size", "batch_size", "seed")  # that count on a folder
 
 
@@ -150,7 +149,6 @@ def summarise(predictions, confidences, labels, classes, names, paths, num_worst
 
 def evaluate_folder(args, accelerator):
     """Accuracy of each --model on the images of --data_dir, for results.json."""
-    args.data_dir = args.data_dir or "outputs/demo/query"
     by_class = list_images(args.data_dir)
     classes, (paths, labels) = list(by_class), with_labels(by_class)
     known = count_supports(paths, args.data_dir, args.support_dir)
@@ -186,8 +184,10 @@ def main(args):
     kinds = [f"--{name}" for name in ("plan", "dataset", "generated_dir") if vars(args)[name]]
     if len(kinds) > 1:
         raise UserError(f"{' and '.join(kinds)} measure different things: give one of them.")
-    if args.dataset and (args.data_dir or args.support_dir or args.model != MODEL):
+    if args.dataset and (args.data_dir or args.support_dir or args.model):
         raise UserError("--dataset measures --methods on episodes: leave out --model, --data_dir and --support_dir.")
+    if args.generated_dir and args.model:
+        raise UserError("--generated_dir measures images: leave out --model.")
     if args.plan:
         planning.print_plan(args)
         return
@@ -195,6 +195,8 @@ def main(args):
         raise UserError("--compare and --method say what --half_width or --plan is for: give one of these.")
     if args.half_width is not None and not args.dataset:
         raise UserError("--half_width needs --plan, or --dataset and a pilot of --num_episodes.")
+    if not args.dataset and not args.generated_dir:
+        args.data_dir, args.model = args.data_dir or "outputs/demo/query", args.model or ["outputs/demo/student"]
     refuse_other_results(Path(args.output_dir) / "results.json", ("accuracy", "benchmark", "generated"))
     rank = episodes.leave_group() if args.dataset else 0
     accelerator = start(args)
@@ -218,12 +220,12 @@ def number_or_all(text):
 def parse_args(argv=None):
     parser = argument_parser(__doc__, "outputs/demo/evaluation")
     add = parser.add_argument
-    add("--teacher_image_size", type=positive_int, help="the teacher's input side; default: its own")
+    add("--teacher_image_size", type=positive_int, help="input side of what classifies by prototypes; default: its own")
     add("--batch_size", type=positive_int, default=64, help="images classified together")
     add = parser.add_argument_group("models on a folder").add_argument
-    add("--model", nargs="+", default=MODEL, metavar="[NAME=]PATH", help="model folders, timm names "
-        "or files of export.py; those that know none of the classes, and prototypes:PATH whatever it knows, classify "
-        "by prototypes of --support_dir")  # fmt: skip
+    add("--model", nargs="+", metavar="[NAME=]PATH", help="model folders, timm names or files of export.py; those that "
+        "know none of the classes, and prototypes:PATH whatever it knows, classify by prototypes of --support_dir; "
+        "default: outputs/demo/student")  # fmt: skip
     add("--data_dir", help="the images to measure on: one folder per class; default: outputs/demo/query")
     add("--support_dir", help="support images, for models that do not know the classes")
     add = parser.add_argument_group("generated images").add_argument

@@ -88,7 +88,7 @@ def of_any_size(graph, size, batch_size=None):
 
 
 def metadata(model, classes, args, precision, any_size):
-    """What a program needs to know beside the graph, {name: JSON}.
+    """What a program needs to know beside the graph, {name: JSON}, and "source", the model's path.
 
     "preprocessing" says how a photo becomes an input where the graph does not do it; "includes_preprocessing", whether
     it takes uint8 images [batch, height, width, 3], of any size where "image_size" is null, and gives probabilities.
@@ -312,8 +312,8 @@ def main(args):
     if args.web:
         print(f"in a browser: {serving(output_dir / 'web')}")
     accelerator.end_training()
-    for error in unbuilt.values():
-        raise error
+    if unbuilt:
+        raise UserError(" ".join(map(str, unbuilt.values())))
 
 
 def parse_args(argv=None):

@@ -23,13 +23,15 @@ from torchvision.transforms.v2 import functional as TF
 from common import diffusion, models, records
 from common.cli import UserError, argument_parser, below_one, non_negative, note, positive_int, refuse_others, run
 from common.generated import agreement, level_of
-from common.images import as_picture, as_tensor, encode_image, load_image, save_grid, with_labels
+from common.images import EXTENSIONS, as_picture, as_tensor, encode_image, load_image, save_grid, with_labels
 from common.inversion import EMBEDS, open_inversions
 from common.memory import announce
 from common.processes import generator, peak_memory, share_out, start
 from common.shards import open_samples, write_shard
 
 DROPPED = "dropped.jsonl"  # metadata of images that the filter dropped: in metadata.jsonl each row has its image
+OUTSIDE = ("batch_size", "inversion_dir", "support_dir", "compile", "agreement")  # not which images are made
+OTHERS = ("*.tar", "*.jsonl", "grid.png")  # what it writes beside class folders, and would write over
 FIELDS = (("label", str, None), ("index", int, None), ("file_name", str | None, 0), ("shard", str, ""))  # of each row
 ROWS = ".rows"  # metadata of the chunks that an unfinished run has made
 
@@ -211,11 +213,10 @@ def check_arguments(args):
 
 def recorded_settings(args):
     """The options that decide which images are made."""
-    how = ["batch_size", "inversion_dir", "support_dir", "compile", "agreement"]
     # Images can be added to folders; in shards, more would fall into other files.
-    how += ["num_images_per_class", "shard_size"] if args.format == "folder" else []
-    how += ["teacher", "teacher_image_size"] if args.filter_threshold is None else []
-    return records.settings_of(args, *how)
+    outside = ["num_images_per_class", "shard_size"] if args.format == "folder" else []
+    outside += ["teacher", "teacher_image_size"] if args.filter_threshold is None else []
+    return records.settings_of(args, *OUTSIDE, *outside)
 
 
 def read_rows(path):
@@ -273,14 +274,23 @@ def main(args):
     model = args.pretrained_model_name_or_path or inverted["pretrained_model_name_or_path"]
     if args.guidance_scale is None:
         args.guidance_scale = [inverted["guidance_scale"]]
-    if args.image_size is None:
+    if args.format == "webdataset" and (hidden := [k for k in folders if k.startswith("__") and k.endswith("__")]):
+        raise UserError(f"Readers of WebDataset leave {hidden[0]} out: rename that class, or use --format folder.")
+    output_dir, device = Path(args.output_dir), accelerator.device
+    record = output_dir / "generation.json"
+    if args.image_size is None and record.is_file():  # a smaller photo that was added since changes nothing
+        with records.blaming(record):
+            args.image_size = int(records.read_json(record)["settings"]["image_size"])
+    elif args.image_size is None:
         args.image_size = min(facts["image_size"] for facts in folders.values())
     elif args.image_size > inverted["resolution"]:
         note(f"--image_size {args.image_size}: images are drawn at {inverted['resolution']} pixels, then enlarged.")
-    output_dir, device = Path(args.output_dir), accelerator.device
-    pipe = diffusion.load_stable_diffusion(
-        model, device, accelerator.mixed_precision, inverted["revision"], inverted["variant"]
-    )
+    if args.num_inference_steps > inverted["num_inference_steps"]:
+        args.num_inference_steps = inverted["num_inference_steps"]
+        note(f"--num_inference_steps: the inversion has {args.num_inference_steps}, all of which are taken.")
+    if not args.pretrained_model_name_or_path:
+        args.revision, args.variant = args.revision or inverted["revision"], args.variant or inverted["variant"]
+    pipe = diffusion.load_stable_diffusion(model, device, accelerator.mixed_precision, args.revision, args.variant)
     width = next(iter(folders.values()))["null_text"].get_slice("null_offsets").get_shape()[-1]
     if width != pipe.text_encoder.config.hidden_size:
         raise UserError(f"{model} is another kind of model than the one that {args.inversion_dir} was inverted into.")
@@ -292,11 +302,12 @@ def main(args):
     settings["teacher_weights"] = None if args.filter_threshold is None else models.weights_of(args.teacher)
     settings["inversions"] = {k: v for facts in folders.values() for k, v in facts["fingerprints"].items()}
     may_grow = ("inversions",) if args.format == "folder" else ()
-    if not records.check_settings(output_dir / "generation.json", settings, may_grow):
-        refuse_others(*(p for k in (f"*/*.{args.image_format}", "*.jsonl", "grid.png") for p in output_dir.glob(k)))
+    there = [path for path in output_dir.glob("*/*") if path.suffix.lower() in EXTENSIONS]
+    if not records.check_settings(record, settings, may_grow):
+        refuse_others(*there, *(p for k in OTHERS for p in output_dir.glob(k)))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        records.write_json(output_dir / "generation.json", {"settings": settings})
+        records.write_json(record, {"settings": settings})
 
     schedule = diffusion.make_schedule(pipe.scheduler, inverted["num_inference_steps"])
     for name in folders:
@@ -310,7 +321,7 @@ def main(args):
     plans = plan_images(folders, finished, args)
     rows = [row for plan in plans for row in plan]
     planned = {file_name(row, args) for row in rows}
-    if others := {str(p.relative_to(output_dir)) for p in output_dir.glob(f"*/*.{args.image_format}")} - planned:
+    if others := {str(p.relative_to(output_dir)) for p in there} - planned:
         raise UserError(f"{output_dir} holds images of no use here, as {min(others)}: give another --output_dir.")
     # Chunks are the same in every run, so that an image is always computed in the same company, to the same bits; those
     # of class folders are of one class, so that others can be added.
@@ -381,6 +392,8 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--inversion_dir", default="outputs/demo/inversion", help="what tint_invert.py wrote")
     add("--pretrained_model_name_or_path", help="the Stable Diffusion model; default: the one inverted with")
+    add("--revision", help="its revision on the hub; default: the one inverted with, or its latest")
+    add("--variant", help="its weight files' variant; default: likewise")
     add("--num_images_per_class", type=positive_int, default=100, help="images to make of each class")
     add("--method", choices=["tint", "textual_inversion", "null_text", "img2img"], default="tint",
         help="tint: the paper; textual_inversion: learned word, fresh noise; null_text: no learned word; img2img: "

@@ -18,15 +18,13 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import tqdm
 
-from common import diffusion
+from common import diffusion, inversion, records
 from common.checkpoint import load_checkpoint, save_checkpoint
 from common.cli import UserError, argument_parser, natural_int, non_negative, positive, positive_int, run, share
 from common.images import list_images, open_image, psnr
-from common.inversion import RECORD, batches, begin, describe, load, name_of, read_inversion, tidy, write_inversion
 from common.memory import announce
 from common.models import weights_of
 from common.processes import generator, share_out, start
-from common.records import changed_files, check_settings, fingerprints, remove_folder, save_tensors, settings_of
 from common.upscaling import load_support, load_upscaler
 from common.words import add_new_words, require_distinct_words
 
@@ -35,7 +33,7 @@ REFERENCE = {  # the paper's settings
     "num_inference_steps": 25, "guidance_scale": 7.5, "fixed_point_steps": 0, "null_text_start": 0.0,
     "null_text_learning_rate": 1e-2, "null_text_steps": 10, "null_text_tolerance": 1e-5,
 }  # fmt: skip
-HOW = ("support_dir", "class_batch_size", "null_text_batch_size", "gradient_checkpointing")  # not what is computed
+OUTSIDE = ("support_dir", "class_batch_size", "null_text_batch_size", "gradient_checkpointing")  # not what is computed
 
 
 @contextmanager
@@ -104,7 +102,7 @@ def goes_on(curve, args):
     return min(losses) < (1 - args.min_improvement) * min(losses[: -args.patience])
 
 
-def textual_inversion(pipe, names, words, latents, first_id, vectors, args, accelerator, partial):
+def textual_inversion(pipe, names, words, latents, first_id, vectors, args, partial):
     """Learns the vectors of several classes' new words, one minimisation per class, side by side in one batch:
 
         v_c = argmin_v  E_{z0 in class c, t, eps}  || eps - eps_theta(z_t, t, tau(prompt(v))) ||^2
@@ -153,7 +151,6 @@ def textual_inversion(pipe, names, words, latents, first_id, vectors, args, acce
                     best[c] = vectors[c].detach()
                 curves[c].append((step, loss))
             bar.set_postfix(loss=f"{found.mean().item():.4f}", classes=len(active))
-            accelerator.log({f"textual_inversion_loss/{names[c]}": curves[c][-1][1] for c in active}, step)
             active = [c for c in active if goes_on(curves[c], args)]
         if step == args.max_train_steps or not active:
             break
@@ -265,7 +262,7 @@ def invert_images(counts, latents, texts, pipe, schedule, args, accelerator, par
     for k, (z0, c) in enumerate(zip(torch.cat(latents).split(size), prompt_embeds.split(size))):
         done = partial / f"images-{k}.safetensors"
         if done.is_file():
-            results.append(load(done, z0.device))
+            results.append(inversion.load(done, z0.device))
             progress.update(len(z0) * len(schedule.timesteps))
         else:
             trajectory = ddim_inversion(pipe.unet, schedule, z0, c, args.fixed_point_steps)
@@ -276,7 +273,7 @@ def invert_images(counts, latents, texts, pipe, schedule, args, accelerator, par
             if args.compare_ddim:
                 null = empty[None].expand(len(z0), -1, -1, -1)
                 result["ddim"] = diffusion.denoise(pipe.unet, schedule, trajectory[0], c, null, args.guidance_scale)
-            save_tensors(done, result)
+            records.save_tensors(done, result)
             results.append(result)
     progress.close()
     parts = {name: torch.cat([result[name] for result in results]).split(counts) for name in results[0]}
@@ -287,16 +284,17 @@ def invert_classes(names, paths, known, settings, pipe, schedule, upscaler, args
     """Inverts images of several classes together, {class name: paths}, and writes each class's folder with its
     settings, {class name: settings}. `known`: what is recorded of one class to which the images are added, and which
     keeps its word; else None."""
-    device, root, partial = accelerator.device, Path(args.output_dir), begin(names, settings, args)
+    device, root, partial = accelerator.device, Path(args.output_dir), inversion.begin(names, settings, args)
     images = [[load_support(path, args.resolution, upscaler) for path in paths[name]] for name in names]
     images = [torch.stack(batch).to(device) for batch in images]
     latents = [torch.cat([diffusion.encode_images(pipe.vae, x[None]) for x in batch]) for batch in images]
     words, first_id, vectors, initializers = add_new_words(pipe, names, args)
     if known:
-        learned, curves = load(root / names[0] / "learned_embeds.safetensors", device), [[]]
-        vectors = torch.stack([learned[word] for word in words])
+        curves, path = [[]], root / names[0] / inversion.EMBEDS
+        with records.blaming(path):
+            vectors = torch.stack([inversion.load(path, device)[word] for word in words])
     else:
-        vectors, curves = textual_inversion(pipe, names, words, latents, first_id, vectors, args, accelerator, partial)
+        vectors, curves = textual_inversion(pipe, names, words, latents, first_id, vectors, args, partial)
     pipe.text_encoder.get_input_embeddings().weight.data[first_id:] = vectors.flatten(0, 1)
 
     counts, texts = [len(batch) for batch in images], [args.prompt.replace("{}", word) for word in words]
@@ -309,14 +307,14 @@ def invert_classes(names, paths, known, settings, pipe, schedule, upscaler, args
         facts = {
             "settings": settings[name], "class": name, "support_dir": str(Path(args.support_dir).resolve()),
             "placeholder_token": words[c], "initializer_token": initializers[c],
-            "images": [name_of(path, name, args) for path in paths[name]], "original_size": min(sides),
+            "images": [inversion.name_of(path, name, args) for path in paths[name]], "original_size": min(sides),
             "image_size": min([args.resolution, *sides]), "textual_inversion_loss": curves[c],
             "null_text_steps": result["num_steps"].tolist(),
             "reconstruction_psnr_db": {kind: psnr(x, images[c]).tolist() for kind, x in decoded.items()},
         }  # fmt: skip
         tensors = {k: result[k] for k in ("latents", "null_offsets")} | {"image_latents": latents[c].half()}
-        write_inversion(root / name, facts, vectors[c], tensors, [images[c], *decoded.values()], known)
-    remove_folder(partial)
+        inversion.write_inversion(root / name, facts, vectors[c], tensors, [images[c], *decoded.values()], known)
+    records.remove_folder(partial)
 
 
 def read_templates(args):
@@ -369,13 +367,15 @@ def main(args):
     if args.min_timestep >= pipe.scheduler.config.num_train_timesteps:
         raise UserError(f"--min_timestep {args.min_timestep}: the model's timesteps end before.")
     root = Path(args.output_dir)
-    shared = settings_of(args, *HOW)
+    shared = records.settings_of(args, *OUTSIDE)
     shared |= {"model_weights": pipe.fingerprint, "mixed_precision": accelerator.mixed_precision}
     shared["upscaler_weights"] = None if upscaler is None else weights_of(args.upscaler, args.upscaler)
-    settings = {n: shared | {"support_images": fingerprints(paths, args.support_dir)} for n, paths in classes.items()}
-    done = [name for name in classes if check_settings(root / name / RECORD, settings[name], ("support_images",))]
+    settings, kind = {}, "support_images"  # of which a class may grow
+    for name, paths in classes.items():
+        settings[name] = shared | {kind: records.fingerprints(paths, args.support_dir)}
+    done = [k for k in classes if records.check_settings(root / k / inversion.RECORD, settings[k], (kind,))]
     new = [name for name in classes if name not in done]
-    groups = share_out(batches(root, new, settings, args, accelerator.num_processes), accelerator)
+    groups = share_out(inversion.batches(root, new, settings, args, accelerator.num_processes), accelerator)
     done = share_out(done, accelerator)
     if groups:
         parts = activations(pipe, max(map(len, groups)), max(sum(len(classes[n]) for n in g) for g in groups), args)
@@ -383,15 +383,18 @@ def main(args):
     for names in groups:
         invert_classes(names, classes, None, settings, pipe, schedule, upscaler, args, accelerator)
     for name in done:
-        known = read_inversion(root / name)
-        added = [path for path in classes[name] if name_of(path, name, args) not in known["images"]]
+        known = inversion.read_inversion(root / name)
+        added = [path for path in classes[name] if inversion.name_of(path, name, args) not in known["images"]]
         if added:
-            print("; ".join(changed_files(known["settings"]["support_images"], settings[name]["support_images"])))
+            print("; ".join(records.changed_files(known["settings"][kind], settings[name][kind])))
             invert_classes([name], {name: added}, known, settings, pipe, schedule, upscaler, args, accelerator)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        tidy(root)
-        print(*describe(root, classes, args), sep="\n")
+        inversion.tidy(root)
+        for name in new:
+            for step, loss in inversion.read_inversion(root / name)["textual_inversion_loss"]:
+                accelerator.log({f"textual_inversion_loss/{name}": loss}, step)
+        print(*inversion.describe(root, classes, args), sep="\n")
         print(f"{len(classes)} classes in {root}, of which {len(new)} new")
     accelerator.end_training()
 

@@ -23,7 +23,7 @@ import distill
 from assets.colours import draw_colours
 from common.checkpoint import load_checkpoint, save_checkpoint
 from common.datasets import load_dataset
-from common.icons_fs import load_class, load_drawings, load_ink, load_splits
+from common.icons_fs import load_class, load_drawings, load_splits
 from common.images import as_tensor
 from common.plots import write_beside
 from common.processes import seeded
@@ -56,7 +56,7 @@ class Drawings:
             rows = [i for i, fact in enumerate(facts[name]) if fact["pool"] in pools]
             self.facts += [{"class": name, "label": label} | facts[name][i] for i in rows]
             images.append(load_class(name)[rows])
-            inks.append(load_ink(name)[rows])
+            inks.append(load_class(name, kind="ink")[rows])
         self.images, self.inks = torch.cat(images), torch.cat(inks)
         self.labels = torch.tensor([fact["label"] for fact in self.facts])
 

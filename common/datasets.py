@@ -201,7 +201,7 @@ def write_images(dataset, chosen, folder):
             (temporary / name).mkdir(parents=True, exist_ok=True)
             for reference in references:
                 target = temporary / name / (reference.name if isinstance(reference, Path) else f"{reference}.png")
-                if target.exists():  # of another folder of the class
+                while target.exists():  # of another folder of the class
                     target = target.with_stem(f"{target.stem}-{len(list(target.parent.iterdir()))}")
                 if isinstance(reference, Path):
                     shutil.copyfile(reference, target)

@@ -44,10 +44,8 @@ def load_stable_diffusion(name_or_path, device, mixed_precision="no", revision=N
     The UNet gets the working precision. The text encoder and the VAE stay in float32: they cost little, the learned
     vectors need it, and reconstruction is judged on what the VAE returns. `pipe.fingerprint` tells the weights and the
     noise, whatever the precision, since a path or a name says nothing of what lies there. The model last loaded is
-    kept, for the next arm of a benchmark: text encoder and tokenizer, which learn words, are copies of its own.
-
-    Raises:
-        UserError: no such folder, or not a Stable Diffusion 1.x or 2.x model.
+    kept, for the next arm of a benchmark: text encoder and tokenizer, which learn words, are copies of its own. A
+    UserError tells of no such folder, or no Stable Diffusion 1.x or 2.x model.
     """
     folder = Path(name_or_path)
     if folder.is_file():
@@ -67,7 +65,7 @@ def load_stable_diffusion(name_or_path, device, mixed_precision="no", revision=N
 def load_networks(name_or_path, device, mixed_precision, revision, variant, stamps):
     """The pipeline of `load_stable_diffusion`, its text encoder on the CPU. `stamps`: of its files, on the hub none."""
     named = {path.stem.split(".")[1].split("-")[0] for path in Path(name_or_path).glob("unet/*.*.safetensors")}
-    hint = f" Its weights are a variant: add --variant {min(named)} to tint_invert.py." if named and not variant else ""
+    hint = f" Its weights are a variant: add --variant {min(named)}." if named and not variant else ""
     with refusing(
         f"Cannot load {name_or_path} as a Stable Diffusion model ({{error}}).{hint} Give a folder or hub name with "
         "unet, vae, text_encoder, tokenizer and scheduler in diffusers' format, weights as safetensors."
@@ -98,12 +96,9 @@ def load_networks(name_or_path, device, mixed_precision, revision, variant, stam
 
 
 def make_schedule(scheduler, num_inference_steps):
-    """The Schedule of a diffusers DDIM scheduler, with its timestep spacing and final alpha.
-
-    Raises:
-        UserError: steps that miss the model's noise or go beyond it. "leading" spacing rounds T / steps down: 501 of
-            1000 would be one timestep each, and the walk would begin at 501, in the middle of the image.
-    """
+    """The Schedule of a diffusers DDIM scheduler, with its timestep spacing and final alpha. A UserError tells of steps
+    that miss the model's noise or go beyond it: "leading" spacing rounds T / steps down, and 501 steps of 1000 would be
+    one timestep each, and begin in the middle of the image."""
     config = scheduler.config
     end, spacing, offset = config.num_train_timesteps, config.timestep_spacing, config.steps_offset
 
@@ -264,11 +259,11 @@ def parse_with_model_defaults(parser, script, argv, presets):
     defaults = Path(model.pretrained_model_name_or_path) / "tint.json"
     if defaults.is_file():
         own = read_json(defaults)
-        own, options = own.get(script, {}) if isinstance(own, dict) else None, vars(model)
+        own, options = own.get(script, {}) if isinstance(own, dict) and own.keys() <= {script} else None, vars(model)
         if not isinstance(own, dict) or not own.keys() <= options.keys() or any(
             isinstance(value, bool) != isinstance(options[name], bool) for name, value in own.items()
         ):  # fmt: skip
-            raise UserError(f"{defaults} should hold {{script: {{option: value}}}}, options being {script}.py's own.")
+            raise UserError(f"{defaults} should hold {{{script}: {{option: value}}}}, options being that script's own.")
         # As text they are read, and checked, as on the command line.
         parser.set_defaults(**{k: v if isinstance(v, bool | None) else str(v) for k, v in own.items()})
     parser.set_defaults(**presets.get(parser.parse_known_args(known)[0].preset, {}))

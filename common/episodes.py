@@ -54,6 +54,7 @@ FILES = (  # options that name a file or a folder, whose contents count
     "pretrained_model_name_or_path", "upscaler", "prompt_templates", "teacher", "teacher_checkpoint", "student",
     "student_checkpoint",
 )  # fmt: skip
+SET_HERE = ("output_dir", "seed", "support_dir", "inversion_dir", "train_dir", "unlabeled_dir", "method")  # by arms
 PARTS = {"teacher": "teacher", "prototypes": "student"}  # whose options alone count, and, for the teacher,
 VIEWS = ("min_crop", "flip_probability", "color_jitter")  # those of the views that it may be trained on
 IDENTITY = ("dataset", "dataset_dir", "split", "num_ways", "num_shots", "seed")  # of a benchmark: it cannot change
@@ -85,21 +86,21 @@ def parse_arm(text, args, stages, precision="no"):
     name, _, method = head.rpartition("=")
     if method not in METHODS:
         raise UserError(f"--methods {text}: unknown method {method!r}; there are {', '.join(METHODS)}.")
-    scripts, part = METHODS[method], PARTS.get(method, "")
+    scripts, counts = METHODS[method], (PARTS.get(method, ""), *(VIEWS if method == "teacher" else ()))
+    teacher = ["--teacher", args.teacher]
+    teacher += ["--teacher_image_size", str(args.teacher_image_size)] if args.teacher_image_size else []
     own = {
         "invert": ["--pretrained_model_name_or_path", args.pretrained_model_name_or_path, *words_of(args.invert)],
-        "generate": ["--no-agreement", "--method", method, *words_of(args.generate)],
-        "distill": ["--teacher", args.teacher, "--student", args.student, *words_of(args.distill)],
+        "generate": ["--no-agreement", "--method", method, *teacher, *words_of(args.generate)],
+        "distill": [*teacher, "--student", args.student, *words_of(args.distill)],
     }
-    if args.teacher_image_size:
-        own["distill"] += ["--teacher_image_size", str(args.teacher_image_size)]
     if method == "supports":
         own["distill"].append("--supports_only")
     script = None
     for word in words:
         if word.startswith("--"):
             script, dot, option = word[2:].partition(".")
-            if script not in scripts or not dot or not option.startswith(part):
+            if script not in scripts or not dot or not option.startswith(counts):
                 raise UserError(f"--methods {text}: {word} should be --SCRIPT.OPTION, of {scripts}.")
             own[script].append(f"--{option}")
         elif script is None:
@@ -110,14 +111,15 @@ def parse_arm(text, args, stages, precision="no"):
     source = image_source(method, arguments["distill"], args)
     keys, key = {"images": digest(*source)} if source else {}, ""
     for script, chosen in arguments.items():
-        outside = ["seed", "support_dir", "inversion_dir", "train_dir", "unlabeled_dir"]
-        if script == "generate":
-            chosen.teacher, chosen.teacher_image_size = args.teacher, args.teacher_image_size
-            outside += ["teacher", "teacher_image_size"] if chosen.filter_threshold is None else []
+        outside = ["seed", *stages[script].OUTSIDE]
+        plain = vars(stages[script].parse_args([])) | ({"method": method} if script == "generate" else {})
+        if changed := [option for option in SET_HERE if vars(chosen).get(option) != plain.get(option)]:
+            raise UserError(f"--methods {text}: the benchmark itself sets --{changed[0]} of {script}: leave it out.")
+        if script == "generate" and chosen.filter_threshold is None:
+            outside += ["teacher", "teacher_image_size"]
         if script == "invert" and method == "null_text":  # its prompt has no word to learn
             chosen.max_train_steps, chosen.prompt = 0, chosen.prompt.split(" of ")[0].replace("{}", "").strip()
         settings = with_contents(settings_of(chosen, *outside)) | {"mixed_precision": precision}
-        counts = (part, *(VIEWS if method == "teacher" else ()))
         settings = {name: value for name, value in settings.items() if name.startswith(counts)}
         keys[script] = key = digest(key, settings, *([method, *source] if script == "distill" else []))
     return Arm(name or head, method, shlex.join(words), {s: stages[s].main for s in scripts}, arguments, keys, key)
@@ -461,7 +463,7 @@ def run_stages(run, arms, dataset, args, rank):
         more = planning.next_of(results, stages, wishes, args.half_width, most)
         if more is None:
             write_json(path, decided | {"narrow": wish})
-            return results | {"half_width": args.half_width, "stages": stages}
+            return results | {"half_width": args.half_width, "stages": stages, "wishes": wishes}
         print(f"{more['num_episodes']} episodes of {more['num_queries'] or 'all'} queries a class come next")
         write_json(path, decided | {"stages": [*stages, more]})
 

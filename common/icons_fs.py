@@ -7,7 +7,6 @@ unseen classes all are of the pool "episode": no model here has seen the objects
 """
 
 import json
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,11 +28,8 @@ def load_drawings():
 
 
 def load_class(name, count=None, kind="sheets"):
-    """The first `count` drawings of a class, or all and spare ones, as a float tensor [count, 3, 32, 32] in [0, 1]."""
+    """The first `count` drawings of a class, or all and spare ones, as a float tensor [count, 3, 32, 32] in [0, 1]. Of
+    kind "ink": how much of each pixel is painted, [count, 1, 32, 32], zero for drawings of several colours."""
     sheet = TF.to_dtype(TF.to_image(Image.open(FOLDER / kind / f"{name}.png")), torch.float32, scale=True)
     tiles = sheet.unfold(1, SIDE, SIDE).unfold(2, SIDE, SIDE)  # [C, rows, COLUMNS, SIDE, SIDE]
     return tiles.flatten(1, 2).movedim(1, 0)[:count]
-
-
-# How much of each pixel is ink, [count, 1, 32, 32] in [0, 1]; zero for drawings of several colours.
-load_ink = partial(load_class, kind="ink")

@@ -10,8 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from common import records
-from common.cli import UserError, note, refusing, require_folder
+from common.cli import UserError, note, refuse_others, refusing, require_folder
 from common.images import save_grid
+from common.words import require_distinct_words
 
 RECORD, CLASSES = "inversion.json", "classes.json"  # of a class that is done; of those that are being inverted
 EMBEDS, NULL_TEXT = "learned_embeds.safetensors", "null_text.safetensors"
@@ -102,9 +103,12 @@ def open_inversions(args):
     first, *others = (facts["settings"] | {"support_images": None} for facts in folders.values())
     if different := [text for settings in others for text in records.differences(first, settings)]:
         raise UserError(f"The classes of {root} were inverted with different settings ({different[0]}): do it alike.")
+    require_distinct_words(folders)
     if args.method == "null_text" and "{}" in first["prompt"]:
         raise UserError(f"--method null_text needs an inversion without a learned word, and {root} has one: use "
                         'tint_invert.py --prompt "a photo" --max_train_steps 0.')  # fmt: skip
+    if args.method in ("textual_inversion", "img2img") and "{}" not in first["prompt"]:
+        raise UserError(f"--method {args.method} needs a learned word, and {root} has none: use --method null_text.")
     return folders
 
 
@@ -165,9 +169,12 @@ def is_done(root, names):
 def batches(root, new, settings, args, num_processes):
     """The `new` classes in groups that are inverted together. A group whose inversion was interrupted stays as it was:
     in other company the last bits would differ."""
-    begun = {k: g for k, g in interrupted(root).items() if not is_done(root, g) and set(g) <= settings.keys()}
+    found = interrupted(root)
+    begun = {k: g for k, g in found.items() if not is_done(root, g) and set(g) <= settings.keys()}
     begun = [group for folder, group in begun.items() if folder == partial_folder(group, settings, args)]
     rest = [name for name in new if not any(name in group for group in begun)]
+    others = [root / name for name in rest if not any(name in group for group in found.values())]
+    refuse_others(*(folder / EMBEDS for folder in others if not (folder / NULL_TEXT).is_file()))
     size = max(1, min(args.class_batch_size, -(-len(rest) // num_processes)))  # so that each process has some
     return begun + [rest[i : i + size] for i in range(0, len(rest), size)]
 

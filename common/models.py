@@ -187,8 +187,7 @@ def resize(model, images):
 
 
 def normalize(model, images):
-    """Images [B, 3, H, W] in [0, 1] to the input that the model's data configuration asks for: resized, minus mean,
-    over std."""
+    """Images [B, 3, H, W] in [0, 1] to what the model's data configuration asks for: resized, minus mean, over std."""
     mean, std = (  # filled where the images are: numbers that are copied there would wait for a GPU
         torch.stack([images.new_full((1, 1), x) for x in model.pretrained_cfg[key]]) for key in ("mean", "std")
     )
@@ -261,8 +260,7 @@ def cosine_prototypes(f, labels):
 
 @torch.no_grad()
 def held_out_accuracy(f, labels):
-    """How many of features [S, D] the cosine prototypes of all others give the label, as a share; None where no class
-    has two."""
+    """The share of features [S, D] which the prototypes of all others give their label; None where no class has two."""
     right = []
     for i, others in enumerate(~torch.eye(len(f), dtype=torch.bool)):
         if (labels[others] == labels[i]).any():

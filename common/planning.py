@@ -187,7 +187,7 @@ def read_pilot(args):
 
 def expected(args):
     """The same by the numbers on the command line, as endless episodes would show them."""
-    if args.episode_variance is None or (args.accuracy is None and args.disagreement is None):
+    if args.episode_variance is None or (args.disagreement is None and (args.compare or args.accuracy is None)):
         raise UserError(
             "--plan needs --pilot, a results.json; or --episode_variance, --accuracy (for a difference: "
             "--disagreement), --episode_seconds and --query_seconds."

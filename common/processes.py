@@ -32,7 +32,7 @@ def start(args):
     with refusing(absent, torch.distributed.DistError), refusing(wrong, ValueError):
         accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(), mixed_precision=args.mixed_precision, log_with=args.report_to,
-            project_dir=args.output_dir, kwargs_handlers=[InitProcessGroupKwargs(timeout=MEETING)],
+            project_dir=Path(args.output_dir, ".trackers"), kwargs_handlers=[InitProcessGroupKwargs(timeout=MEETING)],
         )  # fmt: skip
     if torch.distributed.is_initialized():
         newer = getattr(torch.distributed, "set_timeout", None)  # since torch 2.14

@@ -14,8 +14,7 @@ QUANTIZED = ["Conv", "Gemm", "MatMul", "Add", "MaxPool", "AveragePool", "GlobalA
 
 
 class Calibration(CalibrationDataReader):
-    """Feeds inputs, a numpy array, to ONNX Runtime's calibration, in whole batches: the last is filled up with the
-    first inputs."""
+    """Feeds a numpy array to ONNX Runtime's calibration, in whole batches: the first inputs fill up the last."""
 
     def __init__(self, inputs, batch_size):
         count = -(-len(inputs) // batch_size)

@@ -6,6 +6,7 @@ too: rows of text, of which the first is the head. Pictures are data URIs.
 
 import base64
 import io
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -37,8 +38,7 @@ def better(pair):
 
 
 def data_uri(image):
-    """A tensor [3, H, W] in [0, 1], or a PIL image, as the text of a PNG that a page can hold: of a photograph a small
-    one."""
+    """A tensor [3, H, W] in [0, 1], or a PIL image, as the text of a PNG for a page: of a photograph a small one."""
     image = as_picture(image) if isinstance(image, torch.Tensor) else image.copy()
     image.thumbnail((192, 192))  # three times the side at which pages show it
     buffer = io.BytesIO()
@@ -69,8 +69,9 @@ def benchmark_page(results):
         plots["episodes"] = interval_plot(rows, "accuracy, %", lines=lines)
     for m in methods.values():
         if m["alpha"] is not None:
-            series[m["method"]].append((m["alpha"], *in_percent(m)))
-    if any(len(rows) > 1 for rows in series.values()):
+            others = re.sub(r"--generate\.alpha \S+", "", m["options"])
+            series[f"{m['method']} {others}".strip()].append((m["alpha"], *in_percent(m)))
+    if any(len({alpha for alpha, *_ in rows}) > 1 for rows in series.values()):
         plots["alpha"] = alpha_plot(series, "accuracy, %")
     return {"plots": plots}
 

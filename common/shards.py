@@ -20,14 +20,20 @@ def write_shard(path, rows, images):
             shard.write(sample)
 
 
+def shards_of(folder):
+    """The shards in a folder, by the numbers that are their names: other archives are somebody's."""
+    return sorted(path for path in Path(folder).glob("*.tar") if path.stem.isdigit() and path.is_file())
+
+
 def list_samples(folder, classes):
     """The files that hold the images of a folder of either kind, whose classes must be `classes`: {class name: paths},
     shards as those of ""."""
-    shards, metadata = sorted(Path(folder).glob("*.tar")), Path(folder, "metadata.jsonl")
+    shards, metadata = shards_of(folder), Path(folder, "metadata.jsonl")
+    begun = shards or Path(folder, "generation.json").is_file()
+    if (begun and not metadata.is_file()) or Path(folder, ".rows").is_dir():
+        raise UserError(f"{folder}: tint_generate.py has not finished. Start it again.")
     if not shards:
         return list_images(folder, classes)
-    if not metadata.is_file():
-        raise UserError(f"{folder} has no metadata.jsonl: tint_generate.py has not finished. Start it again.")
     rows = read_json_lines(metadata)
     found = {str(row.get("label")) if isinstance(row, dict) else "?" for row in rows}
     if found != set(classes):
@@ -40,7 +46,7 @@ def open_samples(folder, size=None, wanted=None):
     `wanted` file names or all, as they are or as central squares of side `size`. Images that metadata.jsonl does not
     know have rows of `file_name` and `label`."""
     folder = Path(folder)
-    shards = sorted(folder.glob("*.tar"))
+    shards = shards_of(folder)
     for row, source in read_shards(folder, shards) if shards else read_folder(folder):
         if wanted is None or row["file_name"] in wanted:
             image = open_image(source, folder / row["file_name"])

@@ -9,8 +9,7 @@ from common.images import load_image
 
 
 def load_upscaler(path, device):
-    """A super-resolution network, images [1, 3, h, w] to larger ones, from a safetensors checkpoint that spandrel
-    knows."""
+    """A super-resolution network, of images [1, 3, h, w], from a safetensors checkpoint that spandrel knows."""
     loader = optional("spandrel", "--upscaler").ModelLoader(device)
     with refusing(f"--upscaler {path} is no safetensors checkpoint that spandrel knows ({{error}})."):
         model = loader.load_from_state_dict(load_file(path))

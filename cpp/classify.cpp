@@ -373,7 +373,8 @@ double percentile(const std::vector<double>& sorted, double percent) {
 }
 
 // Times calls in turns of a tenth of a second, the first five of each uncounted, until there are 200 or two seconds of
-// them, as `benchmark` in export.py does. A call takes pixels on the CPU and ends with probabilities there.
+// them, as `benchmark` in common/runtimes/latency.py does. A call takes pixels on the CPU and ends with probabilities
+// there.
 void benchmark(const Student& student, const std::vector<int>& batch_sizes) {
   auto now = [] { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); };
   std::printf("Latency on %s, %d threads of %u cores\n\n", student.device.c_str(), at::get_num_threads(),

@@ -205,6 +205,41 @@ def test_records_of_an_inversion_that_are_not_its_own(run_dir, tmp_path):
     assert not (tmp_path / "outside").exists() and not (tmp_path / "out").exists()
 
 
+def test_inversions_that_no_image_can_come_from(run_dir, tmp_path):
+    """Without a word where the method needs one; of two classes with one word; with a name that readers leave out."""
+    source = sorted(run_dir.glob("inversion/*/inversion.json"))[0]
+    facts = json.loads(source.read_text())
+    plain = {"settings": facts["settings"] | {"prompt": "an icon"}}
+    for number, (names, changes, options, message) in enumerate((
+        (["a"], plain, ["--method", "textual_inversion"], "needs a learned word"),
+        (["a"], plain, ["--method", "img2img"], "needs a learned word"),
+        (["solar panel", "solar-panel"], {}, [], "would share the word <solar-panel>"),
+        (["__a__"], {}, ["--format", "webdataset"], "leave __a__ out"),
+    )):  # fmt: skip
+        inversions = tmp_path / f"{number}"
+        for name in names:
+            shutil.copytree(source.parent, inversions / name)
+            (inversions / name / "inversion.json").write_text(json.dumps(facts | changes | {"class": name}))
+        given = ["--inversion_dir", inversions, "--output_dir", tmp_path / "out", "--support_dir", "/nowhere"]
+        with pytest.raises(UserError, match=message):
+            tint_generate.main(tint_generate.parse_args([*map(str, given), *options]))
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_of_a_model_for_other_scripts(folder):
+    """tint.json speaks to tint_invert.py alone: what else it holds would count for nothing."""
+    (folder / "tint.json").write_text('{"tint_invert": {}, "tint_generate": {"alpha": [1]}}')
+    assert "should hold {tint_invert: {option: value}}" in invert(folder, "--pretrained_model_name_or_path", folder)
+
+
+def test_defaults_are_inputs_too(folder, monkeypatch):
+    monkeypatch.setattr(distill, "TRAIN_DIR", str(folder / "support"))
+    given = ["--support_dir", str(folder / "support" / "cat"), "--output_dir", str(folder / "support" / "new")]
+    with pytest.raises(UserError, match="lies in --train_dir"):
+        distill.main(distill.parse_args(given))
+    assert not (folder / "support" / "new").exists()
+
+
 def test_unknown_initializer_token(folder):
     err = invert(folder, "--initializer_token", "hippopotamus", "--max_train_steps", 0)
     assert "--initializer_token 'hippopotamus': give words" in err
@@ -352,13 +387,16 @@ def test_output_folder_that_is_a_file(folder):
 def test_files_of_the_user_are_not_written_over(run_dir, folder):
     """Where an output folder holds what its script would write, and no record that it was this script's."""
     mine = {"README.md": "mine", "model.safetensors": "mine", "config.json": "{}", "cat/00000.png": "mine",
-            "metadata.jsonl": "{}"}  # fmt: skip
+            "metadata.jsonl": "{}", "cat/test.jpg": "mine", "000000.tar": "mine",
+            "cat/learned_embeds.safetensors": "mine"}  # fmt: skip
     for name, content in mine.items():
         path = folder / "mine" / name
         path.parent.mkdir(parents=True)
         path.write_text(content)
         if name in ("README.md", "model.safetensors", "config.json"):
             command = ("distill.py", "--support_dir", folder / "support", "--supports_only")
+        elif name == "cat/learned_embeds.safetensors":
+            command = ("tint_invert.py", "--support_dir", folder / "support", "--max_train_steps", 0)
         else:
             command = ("tint_generate.py", "--inversion_dir", run_dir / "inversion")
         err = rejected(*command, "--output_dir", folder / "mine")
@@ -393,6 +431,8 @@ def test_results_of_others_are_not_written_over(run_dir, folder, name, content):
         ("--dataset icons_fs --generated_dir x", "--dataset and --generated_dir measure different things"),
         ("--dataset icons_fs --model x", "--dataset measures --methods on episodes: leave out --model"),
         ("--dataset icons_fs --support_dir x", "--dataset measures --methods on episodes: leave out --model"),
+        ("--generated_dir x --support_dir x --model x", "--generated_dir measures images: leave out --model"),
+        ("--plan --half_width 0.01 --episode_variance 0.001 --accuracy 0.1 --compare a b", "for a difference: "),
     ],
 )
 def test_options_that_would_count_for_nothing(options, message):

@@ -501,11 +501,27 @@ def test_bad_methods_are_refused(tmp_path, capsys):
         ("teacher --distill.temperature 2", "--SCRIPT.OPTION"),
         ("prototypes --distill.teacher assets/teacher", "--SCRIPT.OPTION"),
         ("tint tint", "belongs to no option"),
+        ("tint --distill.unlabeled_dir x", "the benchmark itself sets --unlabeled_dir of distill"),
+        ("base --distill.train_dir x", "the benchmark itself sets --train_dir of distill"),
+        ("tint --invert.support_dir x", "the benchmark itself sets --support_dir of invert"),
+        ("tint --generate.method img2img", "the benchmark itself sets --method of generate"),
+        ("supports --distill.seed 3", "the benchmark itself sets --seed of distill"),
         ("tint --generate.alphabet 1", "unrecognized arguments: --alphabet"),
     ]:
         assert message in refused(method)
     assert "cannot be read as options" in refused("tint 'free")
     assert "lower --num_queries" in refused("teacher", "--num_queries", "1000")
+
+
+def test_options_of_an_arm_that_change_nothing_make_nothing_anew_and_its_own_teacher_filters():
+    plain, other = evaluate_arm("tint"), "--checkpointing_steps 7 --dataloader_num_workers 1"
+    assert evaluate_arm("tint", "--distill", other, "--generate", "--batch_size 8").keys == plain.keys
+    arm = evaluate_arm("tint --generate.filter_threshold 0.5 --generate.teacher assets/student")
+    assert (
+        arm.arguments["generate"].teacher == "assets/student" and arm.arguments["distill"].teacher == "assets/teacher"
+    )
+    views = evaluate_arm("teacher --distill.teacher_specialization fine_tune --distill.min_crop 0.3")
+    assert views.arguments["distill"].min_crop == 0.3 and views.key != evaluate_arm("teacher").key
 
 
 def test_the_table_of_students():
@@ -528,6 +544,8 @@ def test_the_table_of_students():
             *({"a": "tint", "b": name, "mean": 0, "ci95": [0, 0]} for name in ("prototypes",)),
         ],
     }
+    with pytest.raises(UserError, match="lacks tint"):
+        students.main(students.parse_args(["--methods", "supports"]))
     lines = students.table(results).splitlines()
     assert "| supports | 50.0 [40.0, 60.0] | +2.0 [+1.0, +4.0] | 50.0 [40.0, 60.0] |  |" in lines
     assert next(line for line in lines if "other real" in line).split(" | ")[2] == "-3.0 [-5.0, -2.0]"

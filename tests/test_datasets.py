@@ -1,5 +1,6 @@
 """Each data set from a small folder in its real layout, what is said where it is missing or damaged, and episodes."""
 
+import itertools
 import json
 
 import numpy as np
@@ -165,3 +166,15 @@ def test_files_are_copied_as_they_are(tmp_path):
     write_images(dataset, dataset.classes, tmp_path / "support")
     copies = sorted((tmp_path / "support" / "n01").iterdir())
     assert [c.read_bytes() for c in copies] == [p.read_bytes() for p in dataset.classes["n01"]]
+
+
+def test_files_of_one_name_are_all_copied(tmp_path):
+    """Whatever the others are called, in whatever order they come."""
+    paths = [tmp_path / name for name in ("a-2.png", "a.png", "sub/a.png", "sub/deep/a.png", "z.png")]
+    for number, path in enumerate(paths):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(bytes([number]))
+    for number, order in enumerate(itertools.permutations(paths)):
+        write_images(None, {"n": order}, tmp_path / f"copy{number}")
+        copied = {path.read_bytes() for path in (tmp_path / f"copy{number}" / "n").iterdir()}
+        assert copied == {bytes([k]) for k in range(len(paths))}

@@ -46,8 +46,8 @@ def photos(tmp_path):
     """A function that writes so many photos, not square, of two classes to tmp_path/<name> and returns the folder."""
     data = datasets.load_dataset("icons_fs", "val")
 
-    def write(name, first, last):
-        for c in sorted(data.classes)[:2]:
+    def write(name, first, last, classes=2):
+        for c in sorted(data.classes)[:classes]:
             (tmp_path / name / c).mkdir(parents=True, exist_ok=True)
             for reference in data.classes[c][first:last]:
                 data.open(c, reference).resize((48, 40)).save(tmp_path / name / c / f"{reference}.png")
@@ -119,13 +119,13 @@ def test_photos_are_held_out_where_there_are_enough_and_are_never_in_both(photos
     first.rename(many / name / "nested" / first.name)
     assert find("--support_dir", few) == (str(few), None)
     assert find("--support_dir", few, "--query_dir", test) == (str(few), str(test))
-    record, done = out / "stages.json", {k: {"command": "x", "seconds": 1.0} for k in ("distill", "evaluate")}
+    record, done = out / "stages.json", {k: {"command": "x", "seconds": 1.0} for k in ("distill_supports", "distill")}
     record.write_text(json.dumps(json.loads(record.read_text()) | {"stages": done}))
     find("--support_dir", few, "--query_dir", test)
-    assert list(json.loads(record.read_text())["stages"]) == ["distill", "evaluate"]
+    assert list(json.loads(record.read_text())["stages"]) == ["distill_supports", "distill"]
     photos("test", 13, 14)
     find("--support_dir", few, "--query_dir", test)
-    assert list(json.loads(record.read_text())["stages"]) == ["evaluate"]  # which follows what is done again
+    assert list(json.loads(record.read_text())["stages"]) == ["distill"]  # which follows what is done again
     support, query = find("--support_dir", many)
     before = {path.relative_to(out) for path in query.rglob("*.png")}
     assert len(before) == 4 and len(list(support.rglob("*.png"))) == 14 and (support, query) == (out / "support", query)
@@ -147,6 +147,14 @@ def test_photos_are_held_out_where_there_are_enough_and_are_never_in_both(photos
     facts["settings"]["support_images"]["gone.png"] = "x"
     find("--support_dir", many)
     assert (out / "inversion_1").is_dir() and not (out / "inversion").exists()
+    (out / "student").mkdir()
+    assert find("--support_dir", many, "--query_dir", test) == (str(many), str(test))
+    assert not (out / "student").exists()  # it has learned from fewer photos, as long as some were held out
+    find("--support_dir", many)
+    with pytest.raises(UserError, match="holds one class only"):
+        find("--support_dir", photos("one", 0, 2, 1))
+    with pytest.raises(UserError, match="are not the wanted classes"):
+        find("--support_dir", many, "--query_dir", photos("one", 0, 2, 1))
     shutil.copy(next((out / "query" / name).rglob("*.png")), many / name / "twin.png")
     shutil.copy(many / name / "twin.png", many / name / "twins.png")
     with pytest.raises(UserError, match="what was trained on cannot test"):

@@ -61,7 +61,6 @@ def test_the_device_refuses_and_counts_what_a_gpu_would():
 
 def test_textual_inversion_waits_for_nothing_between_its_validations(remote_sd, tmp_path):
     pipe, _ = remote_sd
-    accelerator = SimpleNamespace(is_local_main_process=False, log=lambda *args: None)
     found = {}
     for steps in (2, 4):
         options = ["--max_train_steps", str(steps), "--validation_steps", "100", "--validation_samples", "1"]
@@ -74,7 +73,7 @@ def test_textual_inversion_waits_for_nothing_between_its_validations(remote_sd, 
         latents = [move(torch.randn(3, 4, 8, 8)) for _ in names]
         with Traffic() as traffic:
             tint_invert.textual_inversion(pipe, names, words, latents, first_id, move(vectors.detach()), args,
-                                          accelerator, tmp_path / str(steps))  # fmt: skip
+                                          tmp_path / str(steps))  # fmt: skip
         pipe.text_encoder, found[steps] = text_encoder, traffic.counts
     more = found[4] - found[2]
     assert more["asked"] == more["to_host"] == 0 and more["to_device"] <= 3 * 2  # what was drawn: images, times, noise

@@ -640,12 +640,25 @@ def test_processes_wait_long_for_the_work_of_others_and_not_for_those_that_never
     assert "Not all processes were there within 0:00:02" in err and "Traceback" not in err
 
 
+def test_the_card_says_what_a_student_started_from_and_another_precision_is_another_student(run_dir, tmp_path):
+    options = ("distill.py", "--support_dir", run_dir / "support", "--supports_only", "--output_dir", tmp_path,
+               "--max_train_steps", 1, "--train_batch_size", 4, "--gradient_accumulation_steps", 3,
+               "--student", "mobilenetv3_small_050.lamb_in1k", "--student_image_size", 32)  # fmt: skip
+    launch(*options)
+    card = (tmp_path / "README.md").read_text()
+    assert "1 steps of 12 views" in card and "starting from" not in card  # a plain name has random weights
+    assert "10 steps of 8 views" in (own := (run_dir / "student" / "README.md").read_text())
+    assert "starting from `assets/student`" in own
+    _, err = launch(*options, "--mixed_precision", "bf16", code=2)
+    assert "mixed_precision: no then, bf16 now" in err
+
+
 def test_curves_reach_a_tracker(run_dir, tmp_path):
     tensorboard = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     launch("distill.py", "--support_dir", run_dir / "support", "--supports_only", "--output_dir", tmp_path,
            "--max_train_steps", 4, "--train_batch_size", 4, "--report_to", "tensorboard",
            "--mixed_precision", "bf16")  # fmt: skip
-    events = next(path for path in tmp_path.rglob("events.out*") if path.parent.name == "tint")
+    events = next(path for path in tmp_path.glob(".trackers/*/events.out*"))
     found = tensorboard.EventAccumulator(str(events)).Reload().Scalars("distillation/loss")
     record = json.loads((tmp_path / "distill.json").read_text())["loss"]
     assert [(e.step, pytest.approx(e.value)) for e in found] == [tuple(row) for row in record]

@@ -17,6 +17,7 @@ from common import models
 from common.cli import UserError
 from common.images import as_tensor, load_folder
 from common.runtimes import latency, open_exported
+from common.runtimes.executorch import ExecuTorch
 from common.runtimes.onnxruntime import OnnxRuntime
 from common.runtimes.openvino import OpenVino
 from tests.conftest import TWO_NODES, launch
@@ -202,13 +203,22 @@ def test_every_runtime_is_compared_and_timed(run_dir, tmp_path):
 def test_programs_for_phones_answer_as_pytorch_does(run_dir, tmp_path, monkeypatch):
     """One image at a time, in fp32 and in int8 with answers in floating point; and what is said where one is amiss."""
     launch("export.py", "--model", run_dir / "student", "--output_dir", tmp_path, "--precision", "int8",
-           "--runtime", "executorch", "--support_dir", run_dir / "support", "--query_dir",
-           run_dir / "query")  # fmt: skip
-    facts = json.loads((tmp_path / "benchmark.json").read_text())["fidelity"]
+           "--runtime", "torch", "executorch", "--support_dir", run_dir / "support", "--query_dir",
+           run_dir / "query", "--benchmark", "--benchmark_batch_sizes", 1, 2)  # fmt: skip
+    facts = json.loads((tmp_path / "benchmark.json").read_text())
+    sizes = {(row["runtime"], row["batch_size"]) for row in facts["latency"]}
+    assert sizes == {("torch", 1), ("torch", 2), ("executorch", 1)}  # which takes no other
+    facts = facts["fidelity"]
     assert facts["executorch fp32"]["max_abs_diff"] < 1e-4 and facts["executorch int8"]["top1_agreement"] > 0.8
+    from executorch.extension.pybindings import portable_lib
+
     images, *_ = load_folder(run_dir / "query", 32, classes_of(run_dir))
     program = open_exported(tmp_path / "student_int8.pte", torch.device("cpu"))
     assert program.classes == classes_of(run_dir) and program.max_batch_size == 1
+    for count in (2, 1):
+        ExecuTorch(tmp_path / "student_int8.pte", torch.device("cpu"), count)
+        assert portable_lib._threadpool_get_thread_count() == count
+    program = open_exported(tmp_path / "student_int8.pte", torch.device("cpu"))
     answers = program(images)
     assert len(answers[:, 0].unique()) > len(images) / 2  # int8 answers of one scale would often be equal
     (tmp_path / "student_fp32.pte").write_bytes(b"no program")

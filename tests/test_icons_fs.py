@@ -100,7 +100,7 @@ def test_web_pool_and_episodes_never_meet():
 
     one_colour = [fact["style"] != "colour" for fact in drawings["umbrella"]]
     original = shapes(icons_fs.load_class("umbrella", len(one_colour))[one_colour])
-    ink = icons_fs.load_ink("umbrella", len(one_colour))[one_colour]
+    ink = icons_fs.load_class("umbrella", len(one_colour), "ink")[one_colour]
     smaller = F.pad(TF.resize(ink, [27, 27], antialias=True), (1, 4, 3, 2))
     red = torch.tensor([0.8, 0.1, 0.1])[:, None, None]
     for copy, expected in ((ink.roll((1, -1), (2, 3)), 0.9), (smaller, 0.3)):

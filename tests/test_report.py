@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common.report import data_uri, points, write_report
+from common.report import benchmark_page, data_uri, points, write_report
 
 NAME = '<b>&"x'
 SHARED = {"settings": {"seed": 0, "split": NAME}, "versions": {"torch": "2"}, "command": f"evaluate.py {NAME}"}
@@ -81,7 +81,29 @@ def accuracy(classes):
                    "image": data_uri(Image.new("RGB", (5, 5)))}],
     }  # fmt: skip
     return SHARED | {"kind": "accuracy", "data_dir": f"photos/{NAME}", "num_images": 10, "classes": names,
+                     "num_supports_among_images": 0,
                      "methods": {NAME: method}, "paired_differences": []}  # fmt: skip
+
+
+def test_a_curve_of_alphas_is_of_methods_that_differ_in_nothing_else():
+    results = benchmark(3, 4)
+    _, *others = results["methods"].values()
+    for alphas, options, is_plotted in (
+        ((0.4, 0.8), ("--generate.alpha 0.4", "--generate.alpha 0.8"), True),
+        ((0.4, 0.4), ("--generate.alpha 0.4", "--generate.alpha 0.4 --distill.student conv4_64"), False),
+        ((0.4, 0.8), ("--generate.alpha 0.4", "--generate.alpha 0.8 --distill.student conv4_64"), False),
+    ):
+        for method, alpha, option in zip(others, alphas, options):
+            method |= {"alpha": alpha, "options": option}
+        assert ("alpha" in benchmark_page(results)["plots"]) == is_plotted
+
+
+def test_what_a_page_says_of_supports_and_of_the_interval_that_was_asked_for(tmp_path):
+    write_report(tmp_path / "page.html", accuracy(2) | {"num_supports_among_images": 3})
+    assert "3 of them are supports" in (tmp_path / "page.html").read_text()
+    asked = {"half_width": 0.01, "stages": [{"num_episodes": 10}], "wishes": [["tint", "supports"]]}
+    write_report(tmp_path / "page.html", benchmark(2, 10) | asked)
+    assert "until the interval of tint − supports was no wider than ±1 points" in (tmp_path / "page.html").read_text()
 
 
 def generated(alphas, pairs):

@@ -25,8 +25,10 @@ import tint_generate
 import tint_invert
 from benchmarks.flops import stable_diffusion_1_5
 from common import diffusion, models
+from common.cli import UserError
 from common.images import load_folder, load_image
 from common.records import write_json_lines
+from common.shards import list_samples, open_samples
 from tests.conftest import (
     INVERT,
     PYTHON,
@@ -193,6 +195,39 @@ def test_uniform_alphas_and_a_guidance_scale_for_each_alpha(run_dir, tmp_path):
         if row["index"] == 0:  # the second image of "scales" has the same support as the first, in the others the next
             assert np.abs(image - pixels(tmp_path / same / row["file_name"])).mean() < 1
             assert np.abs(image - pixels(tmp_path / other / row["file_name"])).mean() > 3
+
+
+def test_generation_goes_on_where_it_was_and_what_lies_beside_it_is_left_alone(run_dir, tmp_path):
+    """A smaller photo that came since, more steps than there are, another model, a tracker, an archive beside."""
+    for name in ("inversion", "generated"):
+        shutil.copytree(run_dir / name, tmp_path / name)
+    facts = {path: json.loads(path.read_text()) for path in tmp_path.glob("inversion/*/inversion.json")}
+    for path, known in facts.items():
+        path.write_text(json.dumps(known | {"image_size": 20}))
+    before = files_below(tmp_path / "generated")
+    generate(tmp_path, tmp_path / "generated", "--num_images_per_class", 6, "--alpha", 0, 0.5, 1,
+             "--num_inference_steps", 50)  # fmt: skip
+    assert files_below(tmp_path / "generated") == before
+    assert json.loads((tmp_path / "generated" / "generation.json").read_text())["settings"]["num_inference_steps"] == 4
+
+    for path, known in facts.items():
+        path.write_text(json.dumps(known | {"settings": known["settings"] | {"variant": "fp16"}}))
+    made = tmp_path / "made"
+    generate(tmp_path, made, "--pretrained_model_name_or_path", ROOT / "assets" / "mini-sd",
+             "--num_images_per_class", 1, "--report_to", "tensorboard")  # fmt: skip
+    assert (made / "grid.png").is_file() and any(made.glob(".trackers/tint/events*"))
+    (made / "photos.tar").write_bytes(b"of somebody")
+    assert {name: len(paths) for name, paths in list_samples(made, classes_of(run_dir)).items()} == dict.fromkeys(
+        classes_of(run_dir), 1
+    )
+    assert len(list(open_samples(made))) == 2
+    (made / ".rows").mkdir()
+    with pytest.raises(UserError, match="has not finished"):
+        list_samples(made, classes_of(run_dir))
+    (made / ".rows").rmdir()
+    (made / "metadata.jsonl").unlink()
+    with pytest.raises(UserError, match="has not finished"):
+        list_samples(made, classes_of(run_dir))
 
 
 def test_shards_hold_the_same_images_and_train_the_same_student(run_dir, tmp_path):

@@ -18,15 +18,14 @@ from common.runtimes.base import Runtime
 
 def build_package(module, classes, batch_size, device, path, max_batch_size=256):
     """Writes `path`, whole or not at all. It runs with any number of threads, on CPUs that have this one's vector
-    instructions or, where `device` is a GPU, on GPUs of its compute capability.
+    instructions or, where `device` is a GPU, on GPUs of its compute capability. A UserError tells of no C++ compiler,
+    or one that cannot compile the model.
 
     Args:
         module: in eval mode, of images uint8 [B, H, W, 3] to probabilities [B, num_classes]; `.model` is a timm model.
         classes: the class names in the order of the outputs.
         batch_size: a fixed B, or None: any from 1 to max_batch_size.
         device: the torch device to compile for.
-    Raises:
-        UserError: no C++ compiler, or one that cannot compile the model.
     """
     from torch._inductor.cpp_builder import get_cpp_compiler  # takes a second to import
     from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
@@ -62,11 +61,7 @@ def build_package(module, classes, batch_size, device, path, max_batch_size=256)
 
 
 class AotInductor(Runtime):
-    """A package, on the kind of device that it was compiled for.
-
-    Raises:
-        UserError: not a file of `build_package`, or one for another kind of device.
-    """
+    """A package, on the kind of device that it was compiled for; a UserError tells of another, or of no package."""
 
     suffix, includes_preprocessing = ".pt2", True
 

@@ -79,11 +79,7 @@ class Runtime:
         raise NotImplementedError
 
     def __init__(self, source, device, num_threads=None):
-        """
-        Args:
-            source: a file, or one of the values of `sources`.
-            device: the torch device to run on. num_threads: of the CPU, default PyTorch's.
-        """
+        """`source`: a file, or one of the values of `sources`. `num_threads`: of the CPU, by default PyTorch's."""
         raise NotImplementedError
 
     def describe(self, metadata):

@@ -41,28 +41,17 @@ def quantize(module, inputs, floating):
     return convert_pt2e(observed)
 
 
-def build_program(module, example, path):
-    """Writes `path`, whole or not at all: the module for inputs of the example's shape."""
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import to_edge_transform_and_lower
-
-    exported = torch.export.export(module, (example,))
-    program = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()]).to_executorch()
-    write_file(path, program.buffer)
-
-
 class ExecuTorch(Runtime):
-    """A program, on the CPU.
-
-    Raises:
-        UserError: ExecuTorch is not installed, the file is no program, or it lacks its facts.
-    """
+    """A program, on the CPU. A UserError tells of no ExecuTorch, no program, or one without its facts."""
 
     module, title, suffix = "executorch.runtime", "ExecuTorch", ".pte"
 
     @classmethod
     @torch.no_grad()
     def build(cls, student):
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import to_edge_transform_and_lower
+
         logging.getLogger("executorch").setLevel(logging.ERROR)  # of kernels that other programs would want
         model, preprocessing = copy.deepcopy(student.model), bool(student.options.include_preprocessing)
         heads, prefix = model.pretrained_cfg.get("classifier") or (), "model." if preprocessing else ""
@@ -72,7 +61,10 @@ class ExecuTorch(Runtime):
         facts = metadata_of(student.onnx["fp32"]) | {"batch_size": "1", "image_size": json.dumps(input_size(model))}
         for precision, path in cls.sources(student, torch.device("cpu")).items():
             # An answer that is surer than those on the examples must not be cut off.
-            build_program(quantize(module, inputs, heads) if precision == "int8" else module, inputs[:1], path)
+            edition = quantize(module, inputs, heads) if precision == "int8" else module
+            exported = torch.export.export(edition, (inputs[:1],))
+            program = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()]).to_executorch()
+            write_file(path, program.buffer)
             write_json(f"{path}.json", facts)
 
     @classmethod
@@ -82,7 +74,11 @@ class ExecuTorch(Runtime):
 
     def __init__(self, path, device, num_threads=None):
         self.require()
+        from executorch.extension.pybindings import portable_lib
         from executorch.runtime import Runtime as Programs
+
+        if num_threads and num_threads != portable_lib._threadpool_get_thread_count():  # before a program is loaded
+            portable_lib._unsafe_reset_threadpool(num_threads)
 
         self.describe_beside(path)
         with refusing(f"{path} is no program for this ExecuTorch ({{error}}): export it again.", RuntimeError):

@@ -36,7 +36,8 @@ def benchmark(functions, min_calls=200, min_seconds=2.0):
 
 def latency(found, batch_sizes, shape, num_threads):
     """Rows of {model, runtime, precision, device, threads, batch_size, calls, median_ms, p90_ms, p99_ms,
-    images_per_second}: the models on the same random images, copied to the device and back.
+    images_per_second}: the models on the same random images, copied to the device and back; a runtime of one
+    batch size only at that.
 
     Args:
         found: {(model, runtime, precision, device): a `Runtime`}. shape: of an image, (3, H, W).
@@ -44,7 +45,8 @@ def latency(found, batch_sizes, shape, num_threads):
     rows, keys = [], ("model", "runtime", "precision", "device")
     for batch_size in batch_sizes:
         images = torch.rand(batch_size, *shape, generator=torch.Generator().manual_seed(0))
-        times = benchmark({key: partial(runtime.run, runtime.prepare(images)) for key, runtime in found.items()})
+        able = {key: r for key, r in found.items() if not r.fixed or r.max_batch_size == batch_size}
+        times = benchmark({key: partial(runtime.run, runtime.prepare(images)) for key, runtime in able.items()})
         for key, seconds in times.items():
             median, p90, p99 = np.percentile(seconds, [50, 90, 99])
             row = dict(zip(keys, key)) | {"threads": num_threads, "batch_size": batch_size, "calls": len(seconds)}

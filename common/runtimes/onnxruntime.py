@@ -14,11 +14,8 @@ def metadata_of(path):
 
 
 class OnnxRuntime(Runtime):
-    """An ONNX file, on the CPU, or on a GPU where onnxruntime-gpu is installed.
-
-    Raises:
-        UserError: the file is no ONNX model, or not one of export.py.
-    """
+    """An ONNX file, on the CPU, or on a GPU where onnxruntime-gpu is installed. A UserError tells of a file that is no
+    ONNX model, or not one of export.py."""
 
     suffix = ".onnx"
 

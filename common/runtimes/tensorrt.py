@@ -18,11 +18,7 @@ from common.runtimes.onnxruntime import metadata_of
 
 
 def import_tensorrt(ready):
-    """The module tensorrt; `ready` says what can be done without it.
-
-    Raises:
-        UserError: it cannot be imported.
-    """
+    """The module tensorrt, or a UserError; `ready` says what can be done without it."""
     with refusing(
         "TensorRT cannot be imported ({error}). With an NVIDIA GPU: pip install tensorrt (CUDA 13) or tensorrt-cu12 "
         "(CUDA 12), which bring the libraries of the same version; on a Jetson: sudo apt-get install nvidia-jetpack, "
@@ -40,15 +36,14 @@ def profile_shapes(onnx_path, batch_sizes):
 
 
 def build_engine(onnx_path, engine_path, opt_batch_size, max_batch_size, workspace_mib, timing_cache=None):
-    """Writes the serialized engine of `onnx_path`, and beside it, as `<engine_path>.json`, the file's metadata.
+    """Writes the serialized engine of `onnx_path`, and beside it, as `<engine_path>.json`, the file's metadata. A
+    UserError tells of no TensorRT, no GPU, or a file that cannot be parsed or built.
 
     Args:
         opt_batch_size, max_batch_size: the engine takes 1 to max_batch_size images, and its kernels are chosen for
             opt_batch_size. A file of a fixed batch size keeps its own.
         timing_cache: file of kernel timings, read where it is there and written after the build; default `timing.cache`
             beside the engine. It makes another build for this GPU quick.
-    Raises:
-        UserError: TensorRT is not installed, no GPU, or the file cannot be parsed or built.
     """
     timing_cache = Path(timing_cache or Path(engine_path).with_name("timing.cache"))
     command = trtexec_command(onnx_path, engine_path, opt_batch_size, max_batch_size, workspace_mib, timing_cache)
@@ -120,11 +115,8 @@ def spec(shape):
 
 
 class TensorRT(Runtime):
-    """An engine that `build_engine` wrote, of the last of the precisions asked for.
-
-    Raises:
-        UserError: no TensorRT, no GPU, an engine of another TensorRT version or GPU, or one without its metadata.
-    """
+    """An engine that `build_engine` wrote, of the last of the precisions asked for. A UserError tells of no TensorRT,
+    no GPU, an engine of another TensorRT version or GPU, or one without its metadata."""
 
     suffix = ".engine"
 

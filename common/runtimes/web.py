@@ -17,11 +17,8 @@ CDN = "https://cdn.jsdelivr.net"
 
 
 def find_package(folder):
-    """The folder of the files of the npm package onnxruntime-web, or None where the usual PACKAGE is not there.
-
-    Raises:
-        UserError: another folder that is not that package.
-    """
+    """The folder of the files of the npm package onnxruntime-web, or None where the usual PACKAGE is not there. A
+    UserError tells of another folder that is not that package."""
     built = Path(folder) / "dist"
     missing = [name for name in FILES if not (built / name).is_file()]
     if missing and folder != PACKAGE:
