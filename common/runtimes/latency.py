@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from common.cli import note
+
 
 def benchmark(functions, min_calls=200, min_seconds=2.0):
     """The time that each call takes, of functions that take turns, so that whatever else the machine does meets them
@@ -46,6 +48,8 @@ def latency(found, batch_sizes, shape, num_threads):
     for batch_size in batch_sizes:
         images = torch.rand(batch_size, *shape, generator=torch.Generator().manual_seed(0))
         able = {key: r for key, r in found.items() if not r.fixed or r.max_batch_size == batch_size}
+        for _, runtime, precision, _ in found.keys() - able.keys():
+            note(f"{runtime} {precision} takes one batch size only, and is not timed at {batch_size}")
         times = benchmark({key: partial(runtime.run, runtime.prepare(images)) for key, runtime in able.items()})
         for key, seconds in times.items():
             median, p90, p99 = np.percentile(seconds, [50, 90, 99])
