@@ -24,7 +24,7 @@ from torchvision.datasets import ImageFolder
 import tint_generate
 import tint_invert
 from benchmarks.flops import stable_diffusion_1_5
-from common import diffusion, models
+from common import diffusion, inversion, models
 from common.cli import UserError
 from common.images import load_folder, load_image
 from common.records import write_json_lines
@@ -536,7 +536,7 @@ def test_classes_of_a_batch_stay_together_when_killed_between_them(run_dir, tmp_
     """The second would else be inverted alone, and differ in its last bits."""
     options = ("--support_dir", run_dir / "support", "--class_batch_size", 2, "--null_text_batch_size", 3, *INVERT)
     launch("tint_invert.py", *options, "--output_dir", tmp_path / "undisturbed")
-    write, written = tint_invert.write_inversion, []
+    write, written = inversion.write_inversion, []
 
     def killed(folder, *args):
         if written:
@@ -544,7 +544,7 @@ def test_classes_of_a_batch_stay_together_when_killed_between_them(run_dir, tmp_
         written.append(folder)
         write(folder, *args)
 
-    monkeypatch.setattr(tint_invert, "write_inversion", killed)
+    monkeypatch.setattr(inversion, "write_inversion", killed)
     with pytest.raises(KeyboardInterrupt):
         tint_invert.main(tint_invert.parse_args([*map(str, options), "--output_dir", str(tmp_path / "killed")]))
     assert [path.parent for path in (tmp_path / "killed").glob("*/inversion.json")] == written
