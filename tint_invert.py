@@ -391,9 +391,10 @@ def main(args):
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         inversion.tidy(root)
-        for name in new:
-            for step, loss in inversion.read_inversion(root / name)["textual_inversion_loss"]:
-                accelerator.log({f"textual_inversion_loss/{name}": loss}, step)
+        curves = {name: dict(inversion.read_inversion(root / name)["textual_inversion_loss"]) for name in new}
+        for step in sorted({step for curve in curves.values() for step in curve}):  # trackers take no step twice
+            found = {f"textual_inversion_loss/{name}": curve[step] for name, curve in curves.items() if step in curve}
+            accelerator.log(found, step)
         print(*inversion.describe(root, classes, args), sep="\n")
         print(f"{len(classes)} classes in {root}, of which {len(new)} new")
     accelerator.end_training()

@@ -532,6 +532,17 @@ def test_a_diffusion_model_is_known_by_its_weights_and_precision(run_dir, tmp_pa
         assert "model_weights changed" in err
 
 
+def test_the_curves_of_all_processes_reach_a_tracker(run_dir, tmp_path):
+    tensorboard = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    launch("tint_invert.py", "--support_dir", run_dir / "support", "--output_dir", tmp_path, *INVERT,
+           "--class_batch_size", 1, "--report_to", "tensorboard", by=TWO_PROCESSES)  # fmt: skip
+    events = tensorboard.EventAccumulator(str(next(tmp_path.glob(".trackers/tint/events*")))).Reload()
+    for name in classes_of(run_dir):
+        record = json.loads((tmp_path / name / "inversion.json").read_text())["textual_inversion_loss"]
+        found = [(event.step, pytest.approx(event.value)) for event in events.Scalars(f"textual_inversion_loss/{name}")]
+        assert found == [tuple(row) for row in record] and len(record) > 1
+
+
 def test_classes_of_a_batch_stay_together_when_killed_between_them(run_dir, tmp_path, monkeypatch):
     """The second would else be inverted alone, and differ in its last bits."""
     options = ("--support_dir", run_dir / "support", "--class_batch_size", 2, "--null_text_batch_size", 3, *INVERT)
