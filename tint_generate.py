@@ -27,13 +27,12 @@ from common.images import EXTENSIONS, as_picture, as_tensor, encode_image, load_
 from common.inversion import EMBEDS, open_inversions
 from common.memory import announce
 from common.processes import generator, peak_memory, share_out, start
-from common.shards import open_samples, write_shard
+from common.shards import ROWS, open_samples, write_shard
 
 DROPPED = "dropped.jsonl"  # metadata of images that the filter dropped: in metadata.jsonl each row has its image
 OUTSIDE = ("batch_size", "inversion_dir", "support_dir", "compile", "agreement")  # not which images are made
 OTHERS = ("*.tar", "*.jsonl", "grid.png")  # what it writes beside class folders, and would write over
 FIELDS = (("label", str, None), ("index", int, None), ("file_name", str | None, 0), ("shard", str, ""))  # of each row
-ROWS = ".rows"  # metadata of the chunks that an unfinished run has made
 
 
 def rms(z):

@@ -292,7 +292,7 @@ def invert_classes(names, paths, known, settings, pipe, schedule, upscaler, args
     if known:
         curves, path = [[]], root / names[0] / inversion.EMBEDS
         with records.blaming(path):
-            vectors = torch.stack([inversion.load(path, device)[word] for word in words])
+            vectors = inversion.load(path, device)[words[0]][None]
     else:
         vectors, curves = textual_inversion(pipe, names, words, latents, first_id, vectors, args, partial)
     pipe.text_encoder.get_input_embeddings().weight.data[first_id:] = vectors.flatten(0, 1)

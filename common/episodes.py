@@ -54,7 +54,8 @@ FILES = (  # options that name a file or a folder, whose contents count
     "pretrained_model_name_or_path", "upscaler", "prompt_templates", "teacher", "teacher_checkpoint", "student",
     "student_checkpoint",
 )  # fmt: skip
-SET_HERE = ("output_dir", "seed", "support_dir", "inversion_dir", "train_dir", "unlabeled_dir", "method")  # by arms
+# Options of the scripts that a benchmark sets itself.
+SET_HERE = ("output_dir", "seed", "support_dir", "inversion_dir", "train_dir", "unlabeled_dir", "method")
 PARTS = {"teacher": "teacher", "prototypes": "student"}  # whose options alone count, and, for the teacher,
 VIEWS = ("min_crop", "flip_probability", "color_jitter")  # those of the views that it may be trained on
 IDENTITY = ("dataset", "dataset_dir", "split", "num_ways", "num_shots", "seed")  # of a benchmark: it cannot change

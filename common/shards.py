@@ -8,6 +8,8 @@ from common.cli import UserError, optional, refusing
 from common.images import list_images, open_image, square
 from common.records import read_json_lines, whole_file
 
+ROWS = ".rows"  # the folder of metadata of the chunks that an unfinished tint_generate.py has made
+
 
 def write_shard(path, rows, images):
     """Writes a shard: of each row <label>/<index>.json, and, unless its `file_name` is None, the bytes of its image."""
@@ -30,7 +32,7 @@ def list_samples(folder, classes):
     shards as those of ""."""
     shards, metadata = shards_of(folder), Path(folder, "metadata.jsonl")
     begun = shards or Path(folder, "generation.json").is_file()
-    if (begun and not metadata.is_file()) or Path(folder, ".rows").is_dir():
+    if (begun and not metadata.is_file()) or Path(folder, ROWS).is_dir():
         raise UserError(f"{folder}: tint_generate.py has not finished. Start it again.")
     if not shards:
         return list_images(folder, classes)
