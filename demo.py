@@ -39,9 +39,9 @@ STAGES = {  # each word is filled in on its own, so that paths may hold spaces
     "generate": "tint_generate.py --inversion_dir {root}/inversion --output_dir {root}/generated"
                 " --teacher {teacher}",
     "distill_supports": "distill.py --supports_only --support_dir {support} --output_dir {root}/student_supports"
-                        " --teacher {teacher} --student {student} --query_dir {query}",
+                        " --teacher {teacher} --student {student} --query_dir {query} --num_views 5000",
     "distill": "distill.py --train_dir {root}/generated --support_dir {support} --output_dir {root}/student"
-               " --teacher {teacher} --student {student} --query_dir {query}",
+               " --teacher {teacher} --student {student} --query_dir {query} --num_views 5000",
     "evaluate": "evaluate.py --data_dir {query} --support_dir {support} --output_dir {root}/evaluation"
                 " --model teacher=prototypes:{teacher} student_before=prototypes:{student}"
                 " student_supports={root}/student_supports student_tint={root}/student",

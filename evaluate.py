@@ -243,7 +243,7 @@ def parse_args(argv=None):
     add("--student", default="assets/student", help="model folder to start from, or timm name for random weights")
     add("--num_real", type=positive_int, default=40, help="images of each class held back from the queries for real")
     add("--num_unlabeled", type=positive_int, default=100, help="images, times --num_ways, for base and mined")
-    add("--web_dir", help="images of anything to mine from; default of icons_fs: those that mini-SD learned from")
+    add("--web_dir", help="images of anything to mine from; default of icons_fs: those of it that mini-SD learned from")
     for script, module in STAGES.items():
         add(f"--{script}", default="", metavar='"OPTIONS"', help=f"options of {module.__name__}.py, for all methods")
     add = parser.add_argument_group("planning").add_argument

@@ -13,6 +13,7 @@ Stopped (Ctrl-C, SIGTERM) and started again, it goes on.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from assets.training import (
     use_threads,
 )
 from common.cli import run
+from common.icons_fs import load_splits
 from common.processes import best_device
 from common.records import digest, fingerprint, save_tensors, whole_folder, write_json
 
@@ -68,6 +70,16 @@ def train_tokenizer(classes, folder):
     if several:
         raise ValueError(f"these words have several tokens: {several}")
     return tokenizer
+
+
+def forget(folder, words):
+    """Takes from a tokenizer what makes one token of any of the words, which was learned as a piece of another name
+    ("fish" of jellyfish) or means something else alone ("bank"). Ids stay what they are."""
+    path = folder / "tokenizer.json"
+    tokenizer, gone = json.loads(path.read_text()), {f"{word}</w>" for word in words}
+    merges = tokenizer["model"]["merges"]
+    tokenizer["model"]["merges"] = [pair for pair in merges if "".join(pair) not in gone and not gone & set(pair)]
+    path.write_text(json.dumps(tokenizer, indent=2, ensure_ascii=False))
 
 
 def build(tokenizer, channels, layers, text_width):
@@ -207,6 +219,8 @@ def main(args):
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(output_dir)
+    splits = load_splits()
+    forget(output_dir / "tokenizer", {w for name in splits["unseen_val"] + splits["unseen"] for w in name.split("-")})
     facts = {"settings": vars(args), "seconds": training.seconds, "curve": training.curve}
     write_json(output_dir / "training.json", facts)
 

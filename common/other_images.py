@@ -21,7 +21,7 @@ def other_images(method, folder, seed, supports, dataset, options, args):
 
     real: those held back from the queries. base: `num_unlabeled` a class of the episode, drawn from all base classes.
     mined: as many, of the images of --web_dir those whose teacher features have the largest cosine to a support's
-    (the paper's third experiment; without --web_dir, Icons-FS's are those that mini-SD was trained on).
+    (the paper's third experiment; without --web_dir, those of Icons-FS that mini-SD was trained on).
 
     None is, pixel by pixel, a support or what is or may become a query, wherever it lies.
     """

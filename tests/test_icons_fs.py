@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 from transformers import CLIPTokenizer
 
-from assets.train_diffusion import train_tokenizer
+from assets.train_diffusion import forget, train_tokenizer
 from assets.training import IconWeb
 from common import icons_fs, models
 from common.architectures import InkMap
@@ -175,3 +175,12 @@ def test_a_diffusion_training_that_goes_on_keeps_its_tokenizer(tmp_path):
     first, again = (train_tokenizer(["cat", "light-bulb"], tmp_path / "tokenizer") for _ in range(2))
     assert first.get_vocab() == again.get_vocab() and first.model_max_length == again.model_max_length
     assert [len(again.tokenize(word)) for word in ("cat", "light", "bulb")] == [1, 1, 1]
+
+
+def test_a_forgotten_word_is_no_token_and_no_other_changes_its_number(tmp_path):
+    before = train_tokenizer(["fish", "jellyfish", "cat"], tmp_path)
+    forget(tmp_path, {"fish"})
+    after = CLIPTokenizer.from_pretrained(tmp_path)
+    assert len(before.tokenize("fish")) == 1 < len(after.tokenize("fish"))
+    assert "".join(after.tokenize("jellyfish")) == "jellyfish</w>"
+    assert after.get_vocab() == before.get_vocab() and after.tokenize("cat") == before.tokenize("cat") == ["cat</w>"]

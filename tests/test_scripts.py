@@ -60,11 +60,11 @@ def test_inversion_writes_what_the_contract_says(run_dir):
             "learned_embeds.safetensors", "null_text.safetensors", "inversion.json", "reconstruction.png",
         }  # fmt: skip
         assert {k: v.shape for k, v in load_file(folder / "learned_embeds.safetensors").items()} == {
-            f"<{name}>": (2, 128)
+            f"<{name}>": (2, 192)
         }
         tensors = load_file(folder / "null_text.safetensors")
         assert tensors["latents"].shape == (2, 4, 8, 8) == tensors["image_latents"].shape
-        assert tensors["null_offsets"].shape == (2, 4, 16, 128) and tensors["null_offsets"].dtype == torch.float16
+        assert tensors["null_offsets"].shape == (2, 4, 16, 192) and tensors["null_offsets"].dtype == torch.float16
         facts = json.loads((folder / "inversion.json").read_text())
         assert facts["images"] == sorted(p.name for p in (run_dir / "support" / name).iterdir())
         assert [step for step, _ in facts["textual_inversion_loss"]] == [0, 3, 6]
@@ -515,14 +515,14 @@ def test_a_diffusion_model_is_known_by_its_weights_and_precision(run_dir, tmp_pa
     _, err = launch(*invert, "--mixed_precision", "bf16", code=2)
     assert "mixed_precision: no then, bf16 now" in err and "weights" not in err
     weights = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
-    save_file({k: v / 2 for k, v in load_file(weights).items()}, weights, {"format": "pt"})
+    save_file({k: -v for k, v in load_file(weights).items()}, weights, {"format": "pt"})
     _, err = launch(*invert, code=2)
     assert "model_weights changed" in err
     _, err = launch(
         "tint_generate.py", "--inversion_dir", tmp_path / "inversion", "--output_dir", tmp_path / "out", code=2
     )
     assert f"The weights of {tmp_path / 'model'} are not those" in err and not (tmp_path / "out").exists()
-    save_file({k: v * 2 for k, v in load_file(weights).items()}, weights, {"format": "pt"})
+    save_file({k: -v for k, v in load_file(weights).items()}, weights, {"format": "pt"})
     launch(*invert)  # it is the model of before
     scheduler = tmp_path / "model" / "scheduler" / "scheduler_config.json"
     config = json.loads(scheduler.read_text())
