@@ -13,7 +13,6 @@ Stopped (Ctrl-C, SIGTERM) and started again, it goes on.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -39,7 +38,7 @@ from assets.training import (
 from common.cli import run
 from common.icons_fs import load_splits
 from common.processes import best_device
-from common.records import digest, fingerprint, save_tensors, whole_folder, write_json
+from common.records import digest, fingerprint, read_json, save_tensors, whole_folder, write_json
 
 MAX_TOKENS = 16
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}  # Stable Diffusion's
@@ -63,23 +62,21 @@ def train_tokenizer(classes, folder):
     words = sorted(set(words.replace("-", " ").split()))
     if not folder.is_dir():
         made = CLIPTokenizer(model_max_length=MAX_TOKENS).train_new_from_iterator([words], vocab_size=20_000)
+        if several := [w for w in words if w.isalpha() and len(made.tokenize(w)) > 1]:
+            raise ValueError(f"these words have several tokens: {several}")
         with whole_folder(folder) as temporary:
             made.save_pretrained(temporary)
-    tokenizer = CLIPTokenizer.from_pretrained(folder)
-    several = [w for w in words if w.isalpha() and len(tokenizer.tokenize(w)) > 1]
-    if several:
-        raise ValueError(f"these words have several tokens: {several}")
-    return tokenizer
+    return CLIPTokenizer.from_pretrained(folder)
 
 
 def forget(folder, words):
     """Takes from a tokenizer what makes one token of any of the words, which was learned as a piece of another name
     ("fish" of jellyfish) or means something else alone ("bank"). Ids stay what they are."""
     path = folder / "tokenizer.json"
-    tokenizer, gone = json.loads(path.read_text()), {f"{word}</w>" for word in words}
+    tokenizer, gone = read_json(path), {f"{word}</w>" for word in words}
     merges = tokenizer["model"]["merges"]
     tokenizer["model"]["merges"] = [pair for pair in merges if "".join(pair) not in gone and not gone & set(pair)]
-    path.write_text(json.dumps(tokenizer, indent=2, ensure_ascii=False))
+    write_json(path, tokenizer)
 
 
 def build(tokenizer, channels, layers, text_width):

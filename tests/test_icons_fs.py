@@ -178,9 +178,9 @@ def test_a_diffusion_training_that_goes_on_keeps_its_tokenizer(tmp_path):
 
 
 def test_a_forgotten_word_is_no_token_and_no_other_changes_its_number(tmp_path):
-    before = train_tokenizer(["fish", "jellyfish", "cat"], tmp_path)
-    forget(tmp_path, {"fish"})
-    after = CLIPTokenizer.from_pretrained(tmp_path)
+    before = train_tokenizer(["fish", "jellyfish", "cat"], tmp_path / "tokenizer")
+    forget(tmp_path / "tokenizer", {"fish"})
+    after = train_tokenizer(["fish", "jellyfish", "cat"], tmp_path / "tokenizer")  # by a training started again
     assert len(before.tokenize("fish")) == 1 < len(after.tokenize("fish"))
     assert "".join(after.tokenize("jellyfish")) == "jellyfish</w>"
     assert after.get_vocab() == before.get_vocab() and after.tokenize("cat") == before.tokenize("cat") == ["cat</w>"]
