@@ -37,9 +37,8 @@ from torch.utils.data import DataLoader
 import distill
 import tint_generate
 import tint_invert
-from common import datasets, episodes, models, planning, statistics
+from common import datasets, episodes, generated, models, planning, statistics
 from common.cli import UserError, argument_parser, named_paths, non_negative, positive, positive_int, run, share
-from common.generated import evaluate_generated
 from common.images import count_supports, list_images, load_image, with_labels
 from common.memory import announce
 from common.processes import start
@@ -49,6 +48,13 @@ from common.runtimes import OPENED_BY, open_exported
 
 STAGES = {"invert": tint_invert, "generate": tint_generate, "distill": distill}  # that the arms of an episode run
 OPTIONS = ("model", "data_dir", "support_dir", "teacher_image_size", "batch_size", "seed")  # that count on a folder
+READS = {  # what each kind of measurement reads beside the options that all scripts share
+    "plan": "plan pilot method compare accuracy disagreement episode_variance episode_seconds query_seconds half_width "
+    "budget_seconds max_queries num_ways".split(),
+    "dataset": (*episodes.OPTIONS, "batch_size", "half_width", "compare", "method"),
+    "generated_dir": (*generated.OPTIONS, "batch_size"),
+    "data_dir": OPTIONS,
+}
 
 
 def load_classifier(path, classes, args, device):
@@ -181,20 +187,16 @@ def in_words(results):
 
 
 def main(args):
-    kinds = [f"--{name}" for name in ("plan", "dataset", "generated_dir") if vars(args)[name]]
-    if len(kinds) > 1:
-        raise UserError(f"{' and '.join(kinds)} measure different things: give one of them.")
-    if args.dataset and (args.data_dir or args.support_dir or args.model):
-        raise UserError("--dataset measures --methods on episodes: leave out --model, --data_dir and --support_dir.")
-    if args.generated_dir and args.model:
-        raise UserError("--generated_dir measures images: leave out --model.")
+    kind = next((kind for kind in READS if vars(args)[kind]), "data_dir")
+    shared = vars(argument_parser("", "").parse_args([]))
+    for name, default in vars(parse_args([])).items():
+        if vars(args)[name] != default and name not in (*shared, *READS[kind]):
+            raise UserError(f"a measurement by --{kind} does not read --{name}: leave it out.")
     if args.plan:
         planning.print_plan(args)
         return
     if (args.compare or args.method) and args.half_width is None:
         raise UserError("--compare and --method say what --half_width or --plan is for: give one of these.")
-    if args.half_width is not None and not args.dataset:
-        raise UserError("--half_width needs --plan, or --dataset and a pilot of --num_episodes.")
     if not args.dataset and not args.generated_dir:
         args.data_dir, args.model = args.data_dir or "outputs/demo/query", args.model or ["outputs/demo/student"]
     refuse_other_results(Path(args.output_dir) / "results.json", ("accuracy", "benchmark", "generated"))
@@ -203,7 +205,7 @@ def main(args):
     if args.dataset:
         results = episodes.evaluate_episodes(args, STAGES, accelerator, rank)
     else:
-        results = (evaluate_generated if args.generated_dir else evaluate_folder)(args, accelerator)
+        results = (generated.evaluate_generated if args.generated_dir else evaluate_folder)(args, accelerator)
     if results and accelerator.is_main_process:
         output_dir = Path(args.output_dir)
         write_json(output_dir / "results.json", results)

@@ -427,11 +427,15 @@ def test_results_of_others_are_not_written_over(run_dir, folder, name, content):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ("--plan --dataset icons_fs", "--plan and --dataset measure different things"),
-        ("--dataset icons_fs --generated_dir x", "--dataset and --generated_dir measure different things"),
-        ("--dataset icons_fs --model x", "--dataset measures --methods on episodes: leave out --model"),
-        ("--dataset icons_fs --support_dir x", "--dataset measures --methods on episodes: leave out --model"),
-        ("--generated_dir x --support_dir x --model x", "--generated_dir measures images: leave out --model"),
+        ("--plan --dataset icons_fs", "by --plan does not read --dataset"),
+        ("--plan --num_episodes 9", "by --plan does not read --num_episodes"),
+        ("--dataset icons_fs --generated_dir x", "by --dataset does not read --generated_dir"),
+        ("--dataset icons_fs --model x", "by --dataset does not read --model"),
+        ("--dataset icons_fs --support_dir x", "by --dataset does not read --support_dir"),
+        ("--dataset icons_fs --max_queries 9", "by --dataset does not read --max_queries"),
+        ("--generated_dir x --support_dir x --model x", "by --generated_dir does not read --model"),
+        ("--data_dir x --model y --methods tint", "by --data_dir does not read --methods"),
+        ("--half_width 0.01", "by --data_dir does not read --half_width"),
         ("--plan --half_width 0.01 --episode_variance 0.001 --accuracy 0.1 --compare a b", "for a difference: "),
     ],
 )
