@@ -56,7 +56,7 @@ def parse_args(argv=None):
     parser = episodes_parser(__doc__, "unseen_val", 6, "outputs/images_per_class")
     add = parser.add_argument
     add("--num_images_per_class", type=positive_int, nargs="+", default=[10, 30, 100, 300, 1000])
-    add("--inversion_tflop", type=positive, default=564.0, help="of a class, by benchmarks.flops")
+    add("--inversion_tflop", type=positive, default=711.0, help="of a class, by benchmarks.flops")
     return parser.parse_args(argv)
 
 
