@@ -197,7 +197,7 @@ def main(args):
         return
     if (args.compare or args.method) and args.half_width is None:
         raise UserError("--compare and --method say what --half_width or --plan is for: give one of these.")
-    if not args.dataset and not args.generated_dir:
+    if kind == "data_dir":
         args.data_dir, args.model = args.data_dir or "outputs/demo/query", args.model or ["outputs/demo/student"]
     refuse_other_results(Path(args.output_dir) / "results.json", ("accuracy", "benchmark", "generated"))
     rank = episodes.leave_group() if args.dataset else 0
