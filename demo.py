@@ -7,8 +7,8 @@
 on the photos alone; the end says which is better on the test photos, and whether so many can tell. Without test photos
 a quarter of each class is held out where every class has 8 or more; else nobody can know.
 
-Finished stages are kept: an interrupted run goes on where it stopped. Where photos were added or taken away, what is
-there is extended, and the students of before are put aside.
+Finished stages are kept: an interrupted run goes on where it stopped. Where photos were added, what is there is
+extended; where some were changed or taken away, it is put aside and made anew. So are the students of before, always.
 """
 
 import argparse
@@ -110,9 +110,10 @@ def find_photos(args, root):
     if held_out:
         hold_out(photos, Path(support), root, args.seed)
         support, query = root / "support", root / "query"
-    records = root.glob("inversion/*/inversion.json")
-    inverted = {name for path in records for name in read_inversion(path.parent)["settings"]["support_images"]}
-    if not all(Path(support, name).is_file() for name in inverted):
+    records = [read_inversion(path.parent) for path in root.glob("inversion/*/inversion.json")]
+    inverted = [image for facts in records for image in facts["settings"]["support_images"].items()]
+    files = {Path(support, name): content for name, content in inverted}
+    if not all(file.is_file() and fingerprint([file]) == content for file, content in files.items()):
         put_aside(root, ("inversion", "generated"))  # which take more photos only
     return support, query
 

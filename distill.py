@@ -348,13 +348,15 @@ def main(args):
             finish(models.load_model(output_dir), classes, paths, read_json(output_dir / "distill.json"), args)
         return
     if models.class_names(output_dir) != classes:
-        refuse_others(output_dir / "model.safetensors", output_dir / "config.json")
+        refuse_others(*(output_dir / name for name in ("model.safetensors", "config.json", "architectures.py")))
 
     backbone = models.load_model(args.teacher, True, args.teacher_image_size, args.teacher_checkpoint)
     student, is_trained = models.load_student(args, classes)
     announce(*needs(backbone, student, len(paths), len(classes), args), accelerator.device)
     teacher = make_teacher(backbone.to(accelerator.device), args, map(open_image, paths), labels)
-    if is_trained:
+    if not is_trained:
+        note(f"{args.student} starts from random weights")
+    else:
         supports = torch.stack([load_image(path, models.input_size(student)[0]) for path in paths])
         imprint(student, supports, labels, args.teacher_scale)
 

@@ -48,13 +48,15 @@ from common.runtimes import OPENED_BY, open_exported
 
 STAGES = {"invert": tint_invert, "generate": tint_generate, "distill": distill}  # that the arms of an episode run
 OPTIONS = ("model", "data_dir", "support_dir", "teacher_image_size", "batch_size", "seed")  # that count on a folder
+PLANNING = ("compare", "half_width", "budget_seconds", "episode_seconds", "query_seconds", "max_queries")
 READS = {  # what each kind of measurement reads beside the options that all scripts share
-    "plan": "plan pilot method compare accuracy disagreement episode_variance episode_seconds query_seconds half_width "
-    "budget_seconds max_queries num_ways".split(),
+    "pilot": (*PLANNING, "plan", "pilot", "method"),
+    "plan": (*PLANNING, "plan", "accuracy", "disagreement", "episode_variance", "num_ways"),
     "dataset": (*episodes.OPTIONS, "batch_size", "half_width", "compare", "method"),
     "generated_dir": (*generated.OPTIONS, "batch_size"),
     "data_dir": OPTIONS,
 }
+KINDS = {"dataset": "benchmark", "generated_dir": "generated", "data_dir": "accuracy"}  # of their results
 
 
 def load_classifier(path, classes, args, device):
@@ -192,14 +194,16 @@ def main(args):
     for name, default in vars(parse_args([])).items():
         if vars(args)[name] != default and name not in (*shared, *READS[kind]):
             raise UserError(f"a measurement by --{kind} does not read --{name}: leave it out.")
-    if args.plan:
+    if args.compare and args.method:
+        raise UserError("--compare and --method: give one of these.")
+    if kind in ("pilot", "plan"):
         planning.print_plan(args)
         return
     if (args.compare or args.method) and args.half_width is None:
         raise UserError("--compare and --method say what --half_width or --plan is for: give one of these.")
     if kind == "data_dir":
         args.data_dir, args.model = args.data_dir or "outputs/demo/query", args.model or ["outputs/demo/student"]
-    refuse_other_results(Path(args.output_dir) / "results.json", ("accuracy", "benchmark", "generated"))
+    refuse_other_results(Path(args.output_dir) / "results.json", KINDS[kind])
     rank = episodes.leave_group() if args.dataset else 0
     accelerator = start(args)
     if args.dataset:

@@ -18,7 +18,7 @@ from timm.utils import reparameterize_model
 from tqdm.auto import tqdm
 
 from common import models
-from common.cli import UserError, argument_parser, note, positive_int, run
+from common.cli import UserError, argument_parser, note, positive_int, refuse_others, run
 from common.images import as_tensor, count_supports, load_folder
 from common.memory import announce
 from common.preprocessing import CentralSquare, WithPreprocessing
@@ -31,7 +31,7 @@ from common.runtimes.base import Student, as_input, log_probabilities
 from common.runtimes.latency import latency
 from common.runtimes.pytorch import PyTorch
 from common.runtimes.web import PACKAGE, find_package, serving, write_page
-from common.shards import open_samples
+from common.shards import open_samples, require_finished
 from common.statistics import accuracy, paired_difference
 
 PRECISIONS = ("fp32", "fp16", "int8", "int8_tensorrt")
@@ -156,6 +156,7 @@ def read_images(args, model, classes):
     or None where nobody knows them."""
     size, labels, found = models.input_size(model), None, []
     if args.data_dir:
+        require_finished(args.data_dir)
         images = [as_tensor(image) for _, image in open_samples(args.data_dir, size[0])]
         found.append(torch.stack(images[:: -(-len(images) // args.num_samples)]))
     if args.support_dir:
@@ -238,15 +239,19 @@ def main(args):
     if not classes:
         raise UserError(f"{args.model} is no folder of a trained student: give one that distill.py wrote.")
     refuse(args)
-    refuse_other_results(Path(args.output_dir) / "benchmark.json", ("export",))
+    output_dir = Path(args.output_dir)
+    refuse_other_results(record := output_dir / "benchmark.json", "export")
+    if not record.is_file():
+        refuse_others(output_dir / "benchmark.md", *written(output_dir))
     accelerator = start(args)
     if not accelerator.is_main_process:
         return  # one process exports; a second would only disturb its timing
-    device, cpu, output_dir = accelerator.device, torch.device("cpu"), Path(args.output_dir)
+    if not record.is_file():
+        write_json(record, {"kind": "export"})  # whose the files are, should it be interrupted
+    device, cpu = accelerator.device, torch.device("cpu")
     model = reparameterize_model(models.load_model(args.model))  # RepVGG and its kind become plain convolutions
     teacher = models.load_model(args.teacher, image_size=args.teacher_image_size) if args.teacher else None
     flops = {"student": models.count_flops(model)}
-    output_dir.mkdir(parents=True, exist_ok=True)
     before = written(output_dir)
     images, queries, labels = read_images(args, model, classes)
     largest = max([args.batch_size or 16, *(args.benchmark_batch_sizes if args.benchmark else [])])
@@ -305,7 +310,7 @@ def main(args):
         "machine": f"{device.type}, {os.cpu_count()} cores",
         **provenance(args, vars(args)),
     }  # fmt: skip
-    write_json(output_dir / "benchmark.json", results)
+    write_json(record, results)
     for name in ("report.html", "benchmark.md"):
         write_report(output_dir / name, results)
     print((output_dir / "benchmark.md").read_text(), f"see {output_dir / 'report.html'}", sep="\n")

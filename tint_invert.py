@@ -383,7 +383,9 @@ def main(args):
     for names in groups:
         invert_classes(names, classes, None, settings, pipe, schedule, upscaler, args, accelerator)
     for name in done:
-        known = inversion.read_inversion(root / name)
+        known, here = inversion.read_inversion(root / name), str(Path(args.support_dir).resolve())
+        if known["support_dir"] != here:
+            records.write_json(root / name / inversion.RECORD, known | {"support_dir": here})
         added = [path for path in classes[name] if inversion.name_of(path, name, args) not in known["images"]]
         if added:
             print("; ".join(records.changed_files(known["settings"][kind], settings[name][kind])))

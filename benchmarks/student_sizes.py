@@ -54,7 +54,7 @@ def script(name, folder, *options, done):
 def export(folder, student, *options):
     """Exports the student in a folder. Returns what benchmark.json says."""
     measured = "--precision", *PRECISIONS, "--runtime", "onnxruntime", "--benchmark", "--num_threads", 1
-    script("export", folder, "--model", student, *measured, *options, done="benchmark.json")
+    script("export", folder, "--model", student, *measured, *options, done="benchmark.md")
     return read_json(folder / "benchmark.json")
 
 

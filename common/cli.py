@@ -116,7 +116,7 @@ def refuse_others(*paths):
     """Raises a UserError where one of these files or folders is there: it is somebody's, and would be written over."""
     for path in paths:
         if path.exists():
-            raise UserError(f"{path} is there, and not of this script: give another --output_dir.")
+            raise UserError(f"{path} is there, and of something else: give another --output_dir.")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -83,7 +83,7 @@ def parse_arm(text, args, stages, precision="no"):
         stages: {"invert" | "generate" | "distill": the script, with its `parse_args` and `main`}.
         precision: the mixed precision that the scripts run in.
     """
-    head, *words = words_of(text)
+    head, *words = words_of(text) or [""]
     name, _, method = head.rpartition("=")
     if method not in METHODS:
         raise UserError(f"--methods {text}: unknown method {method!r}; there are {', '.join(METHODS)}.")

@@ -9,7 +9,7 @@ from common.cli import UserError, named_paths
 from common.images import as_tensor
 from common.memory import announce
 from common.records import provenance
-from common.shards import open_samples
+from common.shards import open_samples, require_finished
 
 OPTIONS = ("generated_dir", "support_dir", "data_dir", "teacher", "teacher_image_size")
 
@@ -88,6 +88,9 @@ def evaluate_generated(args, accelerator):
     """Specificity and diversity of each --generated_dir at each alpha, for results.json."""
     if not args.support_dir:
         raise UserError("--generated_dir needs --support_dir, the images that they were generated from.")
+    folders = named_paths(args.generated_dir)
+    for folder in folders.values():
+        require_finished(folder)
     model = models.load_model(args.teacher, image_size=args.teacher_image_size).to(accelerator.device)
     parts = {"the teacher (--batch_size)": models.answering_bytes(model, args.batch_size)}
     announce([model], parts, accelerator.device)
@@ -99,7 +102,7 @@ def evaluate_generated(args, accelerator):
         f, answers, labels, _ = embed(args.data_dir, teacher, classes, args.batch_size)
         real["real images"] = specificity_and_diversity(f, answers, labels, *support)
     sets = {}
-    for name, folder in named_paths(args.generated_dir).items():
+    for name, folder in folders.items():
         f, answers, labels, alphas = embed(folder, teacher, classes, args.batch_size)
         drawn = len(set(alphas)) > 12
         alphas = [level_of(alpha, drawn) for alpha in alphas]

@@ -35,7 +35,7 @@ def load_model(name_or_path, pretrained=True, image_size=None, checkpoint=None, 
     """A timm model in eval mode from a model folder, a timm name, or a hub name (`hf-hub:...`), of its own input side
     or `image_size`. The weights of a safetensors file `checkpoint` replace the model's, but for the classifier's. A
     UserError says that it cannot be loaded, or takes no images of that side."""
-    folder = Path(name_or_path)
+    folder = folder_of(name_or_path)
     if folder.is_dir():
         if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
             raise UserError(f"{folder} is no model folder: it needs config.json and model.safetensors.")
@@ -62,6 +62,13 @@ def load_model(name_or_path, pretrained=True, image_size=None, checkpoint=None, 
     with torch.no_grad(), refusing(f"{name_or_path} takes no images of {size} ({{error}}): give another size."):
         with_head(model)(torch.zeros(1, 3, *input_size(model)))
     return model
+
+
+def folder_of(name_or_path):
+    """The path of a model, which need not exist. A UserError tells of prefixes that timm alone reads."""
+    if str(name_or_path).startswith(("local-dir:", "hf_hub:")):
+        raise UserError(f"{name_or_path}: give a folder without a prefix, or a name of the hub as hf-hub:NAME.")
+    return Path(name_or_path)
 
 
 def load_student(args, classes):
@@ -111,7 +118,8 @@ def save_model(model, folder, classes, as_it_is=True):
         model: in eval mode, on the CPU. classes: the class names in the order of its outputs.
     """
     # What timm's own transform would cut away at the border, this project's models have learned from.
-    data_config = {"input_size": (3, *input_size(model)), "crop_pct": 1.0, "interpolation": "bicubic"}
+    data_config = {"input_size": (3, *input_size(model)), "crop_pct": 1.0, "crop_mode": "center"}
+    data_config["interpolation"] = "bicubic"
     with refusing(
         f"{model.pretrained_cfg['architecture']} at {input_size(model)[0]} pixels cannot be used, or not be saved as "
         "it is ({error}): choose another student or --student_image_size."
@@ -140,7 +148,7 @@ def weights_of(name_or_path, checkpoint=None):
 
 def class_names(name_or_path):
     """The class names in a model folder's `config.json`, or None. A UserError says that the file is damaged."""
-    path = Path(name_or_path) / "config.json"
+    path = folder_of(name_or_path) / "config.json"
     if not path.is_file():
         return None
     with blaming(path):

@@ -11,7 +11,7 @@ from scipy.special import stdtrit
 from scipy.stats import chi2
 
 from common import statistics
-from common.cli import UserError, positive_int, refusing
+from common.cli import UserError, positive_int, refuse_others, refusing
 from common.records import blaming, read_json, write_json
 from common.report import percent
 from common.statistics import Moments
@@ -206,6 +206,9 @@ def expected(args):
 def print_plan(args):
     """Prints the cheapest benchmark that reaches --half_width, or the most precise one in --budget_seconds; with its
     range, where a pilot knows the variance over episodes only so well. The command line has the last word on costs."""
+    record = Path(args.output_dir) / "plan.json"
+    if record.is_file() and "customary" not in read_json(record, dict):
+        refuse_others(record)
     if (args.half_width is None) == (args.budget_seconds is None):
         raise UserError("--plan needs one of --half_width and --budget_seconds.")
     m, cost, ways, title = (read_pilot if args.pilot else expected)(args)
@@ -234,4 +237,4 @@ def print_plan(args):
     print(f"\nevaluate.py {numbers}   (a class of {ways})")
     if args.half_width and not certain:
         print(f"or, to stop when the interval is narrow enough: evaluate.py --half_width {args.half_width}")
-    write_json(Path(args.output_dir) / "plan.json", found)
+    write_json(record, found)

@@ -95,7 +95,7 @@ def peak_memory(device):
 def generator(*keys):
     """A CPU random generator that depends on nothing but its keys, as (seed, class name, image index): the same numbers
     whatever the device, the batch size and the number of processes."""
-    digest = hashlib.sha256("/".join(map(str, keys)).encode()).digest()
+    digest = hashlib.sha256("/".join(map(str, keys)).encode(errors="surrogateescape")).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 

@@ -168,9 +168,9 @@ def keep_apart(args):
                 raise UserError(f"--output_dir {args.output_dir} {relation} --{option} {value}: keep them apart.")
 
 
-def refuse_other_results(record, kinds):
-    """The same of a `record`, as results.json, and report.html beside it, unless its "kind" is one of these."""
-    if not record.is_file() or read_json(record, dict).get("kind") not in kinds:
+def refuse_other_results(record, kind):
+    """The same of a `record`, as results.json, and report.html beside it, unless it is of this "kind"."""
+    if not record.is_file() or read_json(record, dict).get("kind") != kind:
         refuse_others(record, record.with_name("report.html"))
 
 

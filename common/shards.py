@@ -27,16 +27,21 @@ def shards_of(folder):
     return sorted(path for path in Path(folder).glob("*.tar") if path.stem.isdigit() and path.is_file())
 
 
+def require_finished(folder):
+    """Raises a UserError where tint_generate.py has begun in a folder, and has not finished."""
+    begun = shards_of(folder) or Path(folder, "generation.json").is_file()
+    if (begun and not Path(folder, "metadata.jsonl").is_file()) or Path(folder, ROWS).is_dir():
+        raise UserError(f"{folder}: tint_generate.py has not finished. Start it again.")
+
+
 def list_samples(folder, classes):
     """The files that hold the images of a folder of either kind, whose classes must be `classes`: {class name: paths},
     shards as those of ""."""
-    shards, metadata = shards_of(folder), Path(folder, "metadata.jsonl")
-    begun = shards or Path(folder, "generation.json").is_file()
-    if (begun and not metadata.is_file()) or Path(folder, ROWS).is_dir():
-        raise UserError(f"{folder}: tint_generate.py has not finished. Start it again.")
+    require_finished(folder)
+    shards = shards_of(folder)
     if not shards:
         return list_images(folder, classes)
-    rows = read_json_lines(metadata)
+    rows = read_json_lines(Path(folder, "metadata.jsonl"))
     found = {str(row.get("label")) if isinstance(row, dict) else "?" for row in rows}
     if found != set(classes):
         raise UserError(f"{folder} has images of {sorted(found)}, and {sorted(classes)} are wanted.")

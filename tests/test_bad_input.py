@@ -387,13 +387,19 @@ def test_output_folder_that_is_a_file(folder):
 def test_files_of_the_user_are_not_written_over(run_dir, folder):
     """Where an output folder holds what its script would write, and no record that it was this script's."""
     mine = {"README.md": "mine", "model.safetensors": "mine", "config.json": "{}", "cat/00000.png": "mine",
-            "metadata.jsonl": "{}", "cat/test.jpg": "mine", "000000.tar": "mine",
-            "cat/learned_embeds.safetensors": "mine"}  # fmt: skip
+            "metadata.jsonl": "{}", "cat/test.jpg": "mine", "000000.tar": "mine", "architectures.py": "mine",
+            "cat/learned_embeds.safetensors": "mine", "student_fp32.onnx": "mine", "benchmark.md": "mine",
+            "web/index.html": "mine", "plan.json": "{}"}  # fmt: skip
+    plan = {"half_width": 0.1, "accuracy": 0.9, "episode_variance": 0.001, "episode_seconds": 1, "query_seconds": 1}
     for name, content in mine.items():
         path = folder / "mine" / name
         path.parent.mkdir(parents=True)
         path.write_text(content)
-        if name in ("README.md", "model.safetensors", "config.json"):
+        if name == "plan.json":
+            command = ("evaluate.py", "--plan", *(word for name, x in plan.items() for word in (f"--{name}", x)))
+        elif name in ("student_fp32.onnx", "benchmark.md", "web/index.html"):
+            command = ("export.py", "--model", run_dir / "student")
+        elif name in ("README.md", "model.safetensors", "config.json", "architectures.py"):
             command = ("distill.py", "--support_dir", folder / "support", "--supports_only")
         elif name == "cat/learned_embeds.safetensors":
             command = ("tint_invert.py", "--support_dir", folder / "support", "--max_train_steps", 0)
@@ -420,7 +426,7 @@ def test_results_of_others_are_not_written_over(run_dir, folder, name, content):
     )
     (folder / name).write_text(content)
     for command in {"results.json": [evaluating], "benchmark.json": [exporting]}.get(name, [evaluating, exporting]):
-        assert f"{folder / name} is there, and not of this script" in rejected(*command)
+        assert f"{folder / name} is there, and of something else" in rejected(*command)
     assert (folder / name).read_text() == content and sorted(p.name for p in folder.iterdir()) == [name, "support"]
 
 
@@ -436,12 +442,49 @@ def test_results_of_others_are_not_written_over(run_dir, folder, name, content):
         ("--generated_dir x --support_dir x --model x", "by --generated_dir does not read --model"),
         ("--data_dir x --model y --methods tint", "by --data_dir does not read --methods"),
         ("--half_width 0.01", "by --data_dir does not read --half_width"),
+        ("--plan --pilot x --half_width 0.01 --accuracy 0.9", "by --pilot does not read --accuracy"),
+        ("--plan --half_width 0.01 --method x", "by --plan does not read --method"),
+        ("--dataset icons_fs --half_width 0.1 --method a --compare a b", "--compare and --method: give one"),
+        ("--dataset icons_fs --methods", "unknown method ''"),
         ("--plan --half_width 0.01 --episode_variance 0.001 --accuracy 0.1 --compare a b", "for a difference: "),
     ],
 )
-def test_options_that_would_count_for_nothing(options, message):
+def test_options_that_would_count_for_nothing(options, message, tmp_path):
+    empty = [""] if options.endswith("--methods") else []  # as an empty variable of a shell gives it
     with pytest.raises(UserError, match=message):
-        evaluate.main(evaluate.parse_args(options.split()))
+        evaluate.main(evaluate.parse_args([*options.split(), *empty, "--output_dir", str(tmp_path)]))
+
+
+@pytest.mark.parametrize("prefix", ["local-dir:", "hf_hub:"])
+def test_prefixes_that_only_timm_reads(run_dir, folder, prefix):
+    """As names they would mean random weights, and a model whose files no record knows."""
+    distil = ("distill.py", "--supports_only", "--support_dir", folder / "support", "--output_dir", folder / "out")
+    of_folder = ("evaluate.py", "--data_dir", run_dir / "query", "--output_dir", folder / "out", "--model")
+    for command in ((*distil, "--student"), (*distil, "--teacher"), of_folder, ("export.py", "--model")):
+        assert "give a folder without a prefix" in rejected(*command, f"{prefix}{run_dir / 'student'}")
+    assert not list(folder.glob("out/*"))
+
+
+def test_results_of_one_measurement_do_not_replace_those_of_another(run_dir, folder):
+    episodes = ("--dataset", "icons_fs", "--split", "val", "--num_ways", 2, "--num_shots", 1, "--num_queries", 2,
+                "--methods", "prototypes", "--output_dir", folder)  # fmt: skip
+    for number in (1, 2):
+        launch("evaluate.py", *episodes, "--num_episodes", number)
+    before = (folder / "results.json").read_bytes()
+    err = rejected("evaluate.py", "--model", run_dir / "student", "--data_dir", run_dir / "query",
+                   "--output_dir", folder)  # fmt: skip
+    assert f"{folder / 'results.json'} is there" in err and (folder / "results.json").read_bytes() == before
+    launch("evaluate.py", *episodes, "--num_episodes", 3)
+    assert len(json.loads((folder / "results.json").read_text())["looks"]) == 3
+
+
+def test_images_of_an_unfinished_generation_are_not_measured(run_dir, tmp_path):
+    shutil.copytree(run_dir / "generated", tmp_path / "generated")
+    (tmp_path / "generated" / "metadata.jsonl").unlink()
+    options = ("--support_dir", run_dir / "support", "--output_dir", tmp_path / "out")
+    for command in (("evaluate.py", "--generated_dir", tmp_path / "generated"),
+                    ("export.py", "--model", run_dir / "student", "--data_dir", tmp_path / "generated")):  # fmt: skip
+        assert "generated: tint_generate.py has not finished" in rejected(*command, *options)
 
 
 def test_damaged_records_of_all_kinds(tmp_path):

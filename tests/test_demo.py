@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import demo
 from common import datasets
 from common.cli import UserError
+from common.records import fingerprint
 from common.statistics import paired_difference, trials_to_tell
 from tests import launcher
 from tests.conftest import INVERT
@@ -116,7 +118,7 @@ def test_photos_are_held_out_where_there_are_enough_and_are_never_in_both(photos
     name = next(many.iterdir()).name
     (many / name / "nested").mkdir()
     first = next((many / name).glob("*.png"))
-    first.rename(many / name / "nested" / first.name)
+    first.rename(many / name / "nested" / os.fsdecode(b"K\xe4fer.png"))  # as old archives name them
     assert find("--support_dir", few) == (str(few), None)
     assert find("--support_dir", few, "--query_dir", test) == (str(few), str(test))
     record, done = out / "stages.json", {k: {"command": "x", "seconds": 1.0} for k in ("distill_supports", "distill")}
@@ -137,16 +139,19 @@ def test_photos_are_held_out_where_there_are_enough_and_are_never_in_both(photos
     assert len(list((out / "support_1").rglob("*.png"))) == 14  # what was there is put aside
     assert (out / "student_1").is_dir() and not (out / "student").exists()
 
-    inverted = {path.relative_to(support).as_posix(): "x" for path in support.rglob("*.png")}
+    inverted = {path.relative_to(support).as_posix(): fingerprint([path]) for path in support.rglob("*.png")}
     facts = {"settings": {"support_images": inverted}}
     monkeypatch.setattr(demo, "read_inversion", lambda folder: facts)
     (out / "inversion" / name).mkdir(parents=True)
     (out / "inversion" / name / "inversion.json").touch()
     find("--support_dir", many)
     assert (out / "inversion").is_dir()
-    facts["settings"]["support_images"]["gone.png"] = "x"
-    find("--support_dir", many)
-    assert (out / "inversion_1").is_dir() and not (out / "inversion").exists()
+    for number, changed in enumerate((next(iter(inverted)), "gone.png"), 1):  # a photo that is another now, or gone
+        facts["settings"]["support_images"] = inverted | {changed: "0"}
+        find("--support_dir", many)
+        assert (out / f"inversion_{number}").is_dir() and not (out / "inversion").exists()
+        shutil.copytree(out / f"inversion_{number}", out / "inversion")
+    shutil.rmtree(out / "inversion")
     (out / "student").mkdir()
     assert find("--support_dir", many, "--query_dir", test) == (str(many), str(test))
     assert not (out / "student").exists()  # it has learned from fewer photos, as long as some were held out

@@ -399,6 +399,21 @@ def test_a_checkpoint_of_a_transformer_of_another_size_is_resampled(tmp_path):
         torch.testing.assert_close(*(m.eval().forward_features(x) for m in (loaded, made)))
 
 
+def test_timms_own_transform_shows_a_saved_student_the_square_that_it_was_trained_on(tmp_path):
+    """Whatever its architecture's own way with photos is, as squashing them."""
+    student = models.load_model("conv4_64", pretrained=False)
+    student.reset_classifier(2)
+    student.pretrained_cfg["crop_mode"] = "squash"
+    models.save_model(student, tmp_path / "student", ["a", "b"])
+    ramp = np.linspace(0, 255, 640, dtype=np.uint8)
+    photo = Image.fromarray(np.stack([np.tile(ramp, (480, 1))] * 3, -1))
+    photo.save(tmp_path / "photo.png")
+    model = timm.create_model(f"local-dir:{tmp_path / 'student'}", pretrained=True)
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+    ours = models.normalize(model, load_image(tmp_path / "photo.png", 32)[None])[0]
+    torch.testing.assert_close(transform(photo), ours, atol=0.02, rtol=0)
+
+
 def test_pickled_weights_of_a_backbone_are_refused(tmp_path):
     torch.save(timm.create_model("conv4_64").state_dict(), tmp_path / "weights.bin")
     with pytest.raises(UserError, match="its weights are a pickle file"):

@@ -461,9 +461,11 @@ def test_adding_is_adding(run_dir, tmp_path):
     after = files_below(tmp_path / "inversion")
     assert {path for path in after if before.get(path) != after[path]} == {
         *(Path(names[0], file) for file in changed), Path(names[0], "reconstruction_from_2.png"),
+        Path(names[1], "inversion.json"),  # which says where the photos are now
         *(path for path in after if path.parts[0] == new),
     }  # fmt: skip
-    facts = json.loads(after[Path(names[0], "inversion.json")])
+    facts, other = (json.loads(after[Path(name, "inversion.json")]) for name in names)
+    assert other["support_dir"] == str(tmp_path / "support")
     assert facts["images"][2:] == ["more.png"] == facts["added"]
     assert all(len(values) == 3 for values in facts["reconstruction_psnr_db"].values())
     ours, old = (load_file(f / "inversion" / names[0] / "null_text.safetensors") for f in (tmp_path, run_dir))
@@ -606,7 +608,8 @@ def test_the_student_is_a_timm_model(run_dir, tmp_path):
     torch.testing.assert_close(student(x), ours(x))
     # Any timm model can be a student from random weights, and any a teacher; sizes and normalisation differ here.
     options = ("--support_dir", run_dir / "support", "--supports_only", "--max_train_steps", 2, "--train_batch_size", 4)
-    launch("distill.py", *options, "--student", "test_resnet.r160_in1k", "--output_dir", tmp_path / "timm")
+    _, err = launch("distill.py", *options, "--student", "test_resnet.r160_in1k", "--output_dir", tmp_path / "timm")
+    assert "test_resnet.r160_in1k starts from random weights" in err  # which its name, of weights, does not say
     launch("distill.py", *options, "--teacher", tmp_path / "timm", "--teacher_image_size", 64,
            "--student", "conv4_64", "--student_image_size", 84, "--output_dir", tmp_path / "conv4")  # fmt: skip
     stock = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True)
