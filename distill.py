@@ -127,6 +127,7 @@ def imprint(student, supports, labels, scale):
     p_c and m of `PrototypeClassifier`, logits = W (f - m), W_c = scale * p_c / mean ||f - m||, and the same answers."""
     head = student.get_classifier()
     if not isinstance(head, nn.Linear | nn.Conv2d):
+        note(f"the student's head, {type(head).__name__}, is not one linear layer: it starts from random weights")
         return
     with torch.no_grad():
         imprinted = models.PrototypeClassifier(student, supports, labels)

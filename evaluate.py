@@ -194,8 +194,8 @@ def main(args):
     for name, default in vars(parse_args([])).items():
         if vars(args)[name] != default and name not in (*shared, *READS[kind]):
             raise UserError(f"a measurement by --{kind} does not read --{name}: leave it out.")
-    if args.compare and args.method:
-        raise UserError("--compare and --method: give one of these.")
+    if args.compare and (args.method or args.compare[0] == args.compare[1]):
+        raise UserError("--compare wants two different methods, and no --method beside it.")
     if kind in ("pilot", "plan"):
         planning.print_plan(args)
         return

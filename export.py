@@ -8,6 +8,7 @@ import copy
 import json
 import os
 import warnings
+from argparse import Namespace
 from pathlib import Path
 
 import onnx
@@ -218,6 +219,10 @@ def refuse(args):
     """Raises a UserError where options contradict each other, or a runtime is not installed."""
     if args.batch_size and args.benchmark and args.benchmark_batch_sizes != [args.batch_size]:
         raise UserError(f"--batch_size fixes it: give --benchmark_batch_sizes {args.batch_size} alone.")
+    if args.benchmark_batch_sizes != [1] and not args.benchmark:
+        raise UserError("--benchmark_batch_sizes is for --benchmark: give both.")
+    if args.teacher_image_size and not args.teacher:
+        raise UserError("--teacher_image_size is for --teacher: give both.")
     largest = max([args.opt_batch_size, *(args.benchmark_batch_sizes if args.benchmark else [])])
     if largest > args.max_batch_size:
         raise UserError(f"Batch {largest} is above --max_batch_size {args.max_batch_size}: raise --max_batch_size.")
@@ -262,6 +267,8 @@ def main(args):
     student = Student(model, classes, write_onnx(model, classes, args, images), images, output_dir, device, args)
     if args.web:
         graph = of_any_size(export_fp32(model), models.input_size(model))
+        facts = Namespace(**vars(args) | {"include_preprocessing": "any_size", "batch_size": None})
+        onnx.helper.set_model_props(graph, metadata(model, classes, facts, "fp32", True))
         write_page(output_dir / "web", graph.SerializeToString(), classes, args.web)
     unbuilt = {name: error for name in args.runtime if (error := build(RUNTIMES[name], student))}
 

@@ -163,7 +163,9 @@ def load_teacher(folders, args, device):
     model = models.load_model(args.teacher, image_size=args.teacher_image_size).to(device)
     supports = torch.stack([load_image(path, models.input_size(model)[0]) for path in paths]).to(device)
     teacher = models.PrototypeClassifier(model, supports, labels)
-    return teacher, models.held_out_accuracy(teacher.support_features.cpu(), labels)
+    answers = models.held_out_answers(teacher.support_features.cpu(), labels)
+    known = answers >= 0
+    return teacher, (answers == labels)[known].double().mean().item() if known.any() else None
 
 
 @torch.no_grad()

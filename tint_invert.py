@@ -284,7 +284,9 @@ def invert_classes(names, paths, known, settings, pipe, schedule, upscaler, args
     """Inverts images of several classes together, {class name: paths}, and writes each class's folder with its
     settings, {class name: settings}. `known`: what is recorded of one class to which the images are added, and which
     keeps its word; else None."""
-    device, root, partial = accelerator.device, Path(args.output_dir), inversion.begin(names, settings, args)
+    device, root = accelerator.device, Path(args.output_dir)
+    added = [inversion.name_of(path, names[0], args) for path in paths[names[0]]] if known else ()
+    partial = inversion.begin(names, settings, args, added)
     images = [[load_support(path, args.resolution, upscaler) for path in paths[name]] for name in names]
     images = [torch.stack(batch).to(device) for batch in images]
     latents = [torch.cat([diffusion.encode_images(pipe.vae, x[None]) for x in batch]) for batch in images]
@@ -325,10 +327,10 @@ def read_templates(args):
     if args.prompt_templates is None:
         return [args.prompt]
     path = Path(args.prompt_templates)
-    lines = path.read_text("utf-8", "replace").splitlines() if path.is_file() else []
+    lines = path.read_text("utf-8-sig", "replace").splitlines() if path.is_file() else []
     lines = [line.strip() for line in lines if line.strip()]
-    if not lines or any(line.count("{}") != 1 for line in lines):
-        raise UserError(f"--prompt_templates {path}: no such file, or not {{}} once in each of its lines.")
+    if not lines or any(line.count("{}") != 1 or "\ufffd" in line for line in lines):
+        raise UserError(f"--prompt_templates {path}: no such file, no UTF-8, or not {{}} once in each of its lines.")
     return lines
 
 

@@ -27,7 +27,7 @@ from common.icons_fs import load_class, load_drawings, load_splits
 from common.images import as_tensor
 from common.plots import write_beside
 from common.processes import seeded
-from common.records import settings_of
+from common.records import fingerprint, settings_of
 from common.teachers import augmentation
 
 
@@ -154,7 +154,10 @@ class Training:
     def __init__(self, args, model, optimizer):
         self.args, self.model, self.optimizer, self.stopping = args, model, optimizer, False
         self.average = ModelEmaV3(model, args.ema_decay, use_warmup=True, warmup_gamma=9, warmup_power=1)
-        self.path, self.settings = Path(args.output_dir, "checkpoint.safetensors"), settings_of(args, "num_threads")
+        self.path, settings = Path(args.output_dir, "checkpoint.safetensors"), settings_of(args, "num_threads")
+        inputs = [Path(value) for value in settings.values() if isinstance(value, str | Path) and Path(value).exists()]
+        files = [file for path in inputs for file in [path, *sorted(path.rglob("*.safetensors"))] if file.is_file()]
+        self.settings = settings | {"inputs": fingerprint(files)}
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.stop)
         facts = load_checkpoint(self.path, self.settings, **self.stateful())

@@ -20,8 +20,10 @@ from benchmarks.students import episodes_parser, run_episodes
 from common.cli import positive, positive_int, run
 from common.report import points, with_interval
 
-STARTS = {"pretrained": "--distill.max_train_steps 100",
-          "random weights": "--distill.max_train_steps 400 --distill.student conv4_64"}  # fmt: skip
+STARTS = {
+    "pretrained": "--distill.max_train_steps 100",
+    "random weights": "--distill.max_train_steps 400 --distill.student conv4_64 --distill.num_views 0",  # new ones
+}
 
 
 def main(args):

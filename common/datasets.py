@@ -60,6 +60,8 @@ class FewShotDataset:
 def load_dataset(name, split, folder=None):
     """The split "base", "val", "novel" or another of a data set by name, or of a folder with splits.json. A UserError
     says what to do where data are missing or damaged."""
+    if folder and name not in MISSING:
+        raise UserError(f"--dataset_dir is for {', '.join(MISSING)}: leave it out.")
     if name == "icons_fs":
         names = classes_of(split, icons_fs.load_splits(), "Icons-FS")
         return load_icons_fs(names, ("base",) if split == "base" else ("episode",))
@@ -163,7 +165,7 @@ def load_miniimagenet(folder, split):
         if not path.is_file():
             raise UserError(f"{table} names {path}, which is missing: put it there, or remove the line.")
         classes.setdefault(label, []).append(path)
-    return of_files({name: sorted(paths) for name, paths in classes.items()})
+    return of_files({name: sorted(set(paths)) for name, paths in classes.items()})
 
 
 def read_table(path):
@@ -221,10 +223,10 @@ def add_options(add, dataset=None):
 def main(args):
     keep_apart(args)
     output_dir = Path(args.output_dir)
-    record, settings = output_dir / "episode.json", settings_of(args)
+    dataset = load_dataset(args.dataset, args.split, args.dataset_dir)
+    record, settings = output_dir / "episode.json", settings_of(args) | {"images": dataset.fingerprint()}
     if not check_settings(record, settings):
         refuse_others(output_dir / "support", output_dir / "query")
-    dataset = load_dataset(args.dataset, args.split, args.dataset_dir)
     episode = draw_episode(dataset, args.num_ways, args.num_shots, args.seed, args.episode)
     write_json(record, {"settings": settings})
     for part, chosen in (("query", slice(args.num_shots, None)), ("support", slice(args.num_shots))):

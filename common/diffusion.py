@@ -104,7 +104,7 @@ def make_schedule(scheduler, num_inference_steps):
 
     def reaches_noise(steps):
         if spacing == "leading":
-            return 0.9 * end <= end // steps * steps and end // steps * (steps - 1) + offset < end
+            return steps > 1 and 0.9 * end <= end // steps * steps and end // steps * (steps - 1) + offset < end
         return steps > 1 or spacing == "trailing"
 
     if num_inference_steps > end or not reaches_noise(num_inference_steps):

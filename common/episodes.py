@@ -389,6 +389,8 @@ def evaluate_episodes(args, stages, accelerator, rank=0):
     """
     dataset = datasets.load_dataset(args.dataset, args.split, args.dataset_dir)
     arms = [parse_arm(text, args, stages, accelerator.mixed_precision) for text in args.methods]
+    if args.num_ways < 2:
+        raise UserError("--num_ways 1: there is nothing to tell apart.")
     if len({arm.name for arm in arms}) < len(arms):
         raise UserError(f"--methods {' '.join(args.methods)}: two have the same name; say NAME=METHOD.")
     for index in range(args.num_episodes):  # a class that is too small is told of now, not after hours
@@ -420,7 +422,9 @@ def evaluate_episodes(args, stages, accelerator, rank=0):
     before, looks = output_dir / "results.json", []
     if before.is_file():
         with blaming(before):
-            looks = list(read_json(before, dict).get("looks", []))
+            known = read_json(before, dict)
+            stages = known.get("stages", []) if args.half_width is None else []  # whose interval was another
+            looks = [*known.get("looks", []), *({name: stage[name] for name in look} for stage in stages[:-1])]
     return results | {"looks": looks if looks[-1:] == [look] else [*looks, look]}
 
 

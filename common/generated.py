@@ -1,12 +1,12 @@
 """How specific generated images are, and how diverse, in the feature space of the specialised teacher."""
 
-import itertools
+from itertools import chain, islice
 
 import torch
 
 from common import models, statistics
 from common.cli import UserError, named_paths
-from common.images import as_tensor
+from common.images import as_tensor, count_supports, list_images
 from common.memory import announce
 from common.records import provenance
 from common.shards import open_samples, require_finished
@@ -18,12 +18,13 @@ def specificity_and_diversity(f, answers, labels, support_f, support_labels):
     """How well images keep to their classes, and how much they vary within them.
 
     Args:
-        f: unit features [N, D]. answers: the teacher's classes [N]. labels: what the images should be [N].
+        f: unit features [N, D]. answers: the teacher's classes [N], -1 where it has none.
+        labels: what the images should be [N].
         support_f, support_labels: those of the supports; the same objects where the images are the supports.
     Returns:
         {"images": N, "agreement": share of answers that are the label, with its Wilson interval, "nearest_support":
         mean cosine distance to the nearest (other) support of the class, "pairwise": mean cosine distance of two
-        images of a class, the mean over classes}; None where there is no pair.
+        images of a class, the mean over classes}; None where there is no answer or pair.
     """
     nearest, pairwise = [], []
     for c in labels.unique():
@@ -35,10 +36,10 @@ def specificity_and_diversity(f, answers, labels, support_f, support_labels):
         if len(own) > 1:
             pairwise.append((1 - own @ own.T).sum() / (len(own) * (len(own) - 1)))
     nearest = torch.cat(nearest)
-    hits = int((answers == labels).sum())
+    hits, count = int((answers == labels).sum()), int((answers >= 0).sum())
     return {
         "images": len(labels),
-        "agreement": {"mean": hits / len(labels), "ci95": statistics.wilson_interval(hits, len(labels))},
+        "agreement": {"mean": hits / count, "ci95": statistics.wilson_interval(hits, count)} if count else None,
         "nearest_support": nearest.mean().item() if nearest.isfinite().all() else None,
         "pairwise": torch.stack(pairwise).mean().item() if pairwise else None,
     }
@@ -49,7 +50,7 @@ def embed(folder, teacher, classes, batch_size):
     """Unit features [N, D] of the images of a folder, the teacher's answers [N], labels [N], and alphas (list)."""
     size, device = models.input_size(teacher)[0], teacher.center.device
     samples, rows, found = open_samples(folder, size), [], []
-    while batch := list(itertools.islice(samples, batch_size)):
+    while batch := list(islice(samples, batch_size)):
         rows += [row for row, _ in batch]
         if strangers := {str(row.get("label")) for row, _ in batch} - set(classes):
             raise UserError(f"{folder} has images of {', '.join(sorted(strangers))}, of which there are no supports.")
@@ -95,10 +96,12 @@ def evaluate_generated(args, accelerator):
     parts = {"the teacher (--batch_size)": models.answering_bytes(model, args.batch_size)}
     announce([model], parts, accelerator.device)
     teacher, classes = models.of_supports(model, args.support_dir, batch_size=args.batch_size)
-    support_f, answers, labels, _ = embed(args.support_dir, teacher, classes, args.batch_size)
+    support_f, _, labels, _ = embed(args.support_dir, teacher, classes, args.batch_size)
+    answers = models.held_out_answers(teacher.support_features.cpu(), labels)
     support = support_f, labels
     real = {"supports": specificity_and_diversity(support_f, answers, labels, *support)}
     if args.data_dir:
+        count_supports([*chain(*list_images(args.data_dir).values())], args.data_dir, args.support_dir)
         f, answers, labels, _ = embed(args.data_dir, teacher, classes, args.batch_size)
         real["real images"] = specificity_and_diversity(f, answers, labels, *support)
     sets = {}

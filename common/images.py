@@ -187,6 +187,7 @@ def encode_image(image, image_format):
 
 def shortened(words, font, width):
     """The words, without so much of their middle as it takes to be no wider than `width` pixels."""
+    words = " ".join(words.splitlines())  # a file's name may hold several
     shown, kept = words, len(words)
     while font.getlength(shown) > width and kept > 2:
         kept -= 1

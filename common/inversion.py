@@ -139,15 +139,17 @@ def name_of(path, class_name, args):
     return path.relative_to(Path(args.support_dir) / class_name).as_posix()
 
 
-def partial_folder(names, settings, args):
-    """Where an interrupted inversion of these classes, with these settings, keeps what it has done."""
-    key = records.digest({name: settings[name] for name in names}, args.null_text_batch_size)
+def partial_folder(names, settings, args, added=()):
+    """Where an interrupted inversion of these classes, with these settings, keeps what it has done; or one of images
+    that are `added` to a class."""
+    key = records.digest({name: settings[name] for name in names}, args.null_text_batch_size, *added)
     return Path(args.output_dir) / f".partial-{key}"
 
 
-def begin(names, settings, args):
-    """The folder in which an inversion of these classes keeps what it has done, until it is done."""
-    folder = partial_folder(names, settings, args)
+def begin(names, settings, args, added=()):
+    """The folder in which an inversion of these classes, or of images `added` to one, keeps what it has done, until it
+    is done."""
+    folder = partial_folder(names, settings, args, added)
     records.write_json(folder / CLASSES, names)
     return folder
 

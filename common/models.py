@@ -267,14 +267,14 @@ def cosine_prototypes(f, labels):
 
 
 @torch.no_grad()
-def held_out_accuracy(f, labels):
-    """The share of features [S, D] which the prototypes of all others give their label; None where no class has two."""
-    right = []
+def held_out_answers(f, labels):
+    """The classes [S] that the prototypes of all others give features [S, D]; -1 where nothing else is of the class."""
+    answers = torch.full_like(labels, -1)
     for i, others in enumerate(~torch.eye(len(f), dtype=torch.bool)):
         if (labels[others] == labels[i]).any():
             center, prototypes = cosine_prototypes(f[others], labels[others])
-            right.append((F.normalize(f[i] - center, dim=-1) @ prototypes.T).argmax().item() == labels[i].item())
-    return sum(right) / len(right) if right else None
+            answers[i] = (F.normalize(f[i] - center, dim=-1) @ prototypes.T).argmax()
+    return answers
 
 
 class PrototypeClassifier(nn.Module):

@@ -236,5 +236,6 @@ def print_plan(args):
     numbers = f"--num_episodes {chosen['num_episodes']} --num_queries {chosen['num_queries'] // ways}"
     print(f"\nevaluate.py {numbers}   (a class of {ways})")
     if args.half_width and not certain:
-        print(f"or, to stop when the interval is narrow enough: evaluate.py --half_width {args.half_width}")
+        wish = " ".join(["--compare", *args.compare] if args.compare else ["--method", title.partition(", a pilot")[0]])
+        print(f"or, to stop when the interval is narrow enough: evaluate.py --half_width {args.half_width} {wish}")
     write_json(record, found)

@@ -47,8 +47,8 @@ def data_uri(image):
 
 
 def in_percent(result):
-    """Mean, low and high end of its interval, in percent."""
-    return [100 * value for value in (result["mean"], *result["ci95"])]
+    """Mean, low and high end of its interval, in percent; of nothing, nothing."""
+    return [100 * value for value in (result["mean"], *result["ci95"])] if result else [None]
 
 
 def comparison(results):
@@ -91,7 +91,7 @@ def generated_table(results):
         return "" if value is None else form.format(value)
 
     return [["images", "alpha", "number", "teacher agrees, %", "nearest support", "pairwise"]] + [
-        [name, known(alpha, "{:g}"), str(v["images"]), with_interval(v["agreement"]),
+        [name, known(alpha, "{:g}"), str(v["images"]), known(v["agreement"] and with_interval(v["agreement"]), "{}"),
          known(v["nearest_support"], "{:.3f}"), known(v["pairwise"], "{:.3f}")]
         for name, alpha, v in rows
     ]  # fmt: skip

@@ -34,7 +34,7 @@ def initial_vector(pipe, name, args):
     for option in ("initializer_token", None, "fallback_token"):
         text = getattr(args, option) if option else name.replace("-", " ").replace("_", " ")
         ids = {w: pipe.tokenizer(w, add_special_tokens=False).input_ids for w in (text or "").split()}
-        words = [word for word in ids if len(ids[word]) == 1]
+        words = [word for word in ids if len(ids[word]) == 1 and ids[word] != [pipe.tokenizer.unk_token_id]]
         if option and text is not None and (not words or len(words) < len(ids)):
             raise UserError(f"--{option} {text!r}: give words that this model's tokenizer knows as one token each.")
         if words:

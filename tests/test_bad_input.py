@@ -14,7 +14,7 @@ import onnx
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from PIL import Image
+from PIL import Image, ImageFont
 
 import demo
 import distill
@@ -24,10 +24,13 @@ import tint_generate
 import tint_invert
 from common import icons_fs
 from common.cli import UserError, run
+from common.diffusion import load_stable_diffusion
+from common.images import FONT, shortened
 from common.inversion import interrupted
 from common.processes import stopwatch
 from common.records import keep_apart, read_json_lines
 from common.shards import write_shard
+from common.words import initial_vector
 from tests.conftest import PYTHON, ROOT, launch
 
 
@@ -140,11 +143,38 @@ def test_pickled_weights_are_refused(folder):
     [
         (("--resolution", 33), "--resolution 33: this model takes multiples of 4"),
         (("--num_inference_steps", 501), "Give 500."),
+        (("--num_inference_steps", 1), "Give 2."),
         (("--num_inference_steps", 1000), "Give 999."),
     ],
 )
 def test_numbers_that_the_diffusion_model_does_not_take(folder, options, message):
     assert message in invert(folder, *options) and not (folder / "out").exists()
+
+
+def test_templates_of_windows_are_read_and_those_of_no_utf_8_refused(tmp_path):
+    path = tmp_path / "templates.txt"
+    args = tint_invert.parse_args(["--prompt_templates", str(path)])
+    path.write_bytes(b"\xef\xbb\xbfan icon of a {}\r\na {}\r\n")
+    assert tint_invert.read_templates(args) == ["an icon of a {}", "a {}"]
+    path.write_bytes(b"une ic\xf4ne de {}")
+    with pytest.raises(UserError, match=r"templates.txt: .*no UTF-8"):
+        tint_invert.read_templates(args)
+
+
+def test_what_the_tokenizer_does_not_know_starts_no_word():
+    """Its token for the unknown, which ends texts, is one token, too."""
+    args = tint_invert.parse_args([])
+    pipe = load_stable_diffusion(args.pretrained_model_name_or_path, "cpu")
+    assert pipe.tokenizer("&", add_special_tokens=False).input_ids == [pipe.tokenizer.unk_token_id]
+    for name, words in (("house & key", "house key"), ("& 7", args.fallback_token)):
+        start, found = initial_vector(pipe, name, args)
+        ids = pipe.tokenizer(words, add_special_tokens=False).input_ids
+        assert found == words
+        torch.testing.assert_close(start, pipe.text_encoder.get_input_embeddings().weight[ids].mean(0))
+
+
+def test_names_of_several_lines_are_shown_in_one():
+    assert shortened("a\nb", ImageFont.truetype(FONT, 12), 99) == "a b"
 
 
 def test_kinds_of_diffusion_models_that_are_not_taken(folder):
@@ -444,7 +474,8 @@ def test_results_of_others_are_not_written_over(run_dir, folder, name, content):
         ("--half_width 0.01", "by --data_dir does not read --half_width"),
         ("--plan --pilot x --half_width 0.01 --accuracy 0.9", "by --pilot does not read --accuracy"),
         ("--plan --half_width 0.01 --method x", "by --plan does not read --method"),
-        ("--dataset icons_fs --half_width 0.1 --method a --compare a b", "--compare and --method: give one"),
+        ("--dataset icons_fs --half_width 0.1 --method a --compare a b", "two different methods, and no --method"),
+        ("--plan --pilot x --half_width 0.1 --compare a a", "two different methods"),
         ("--dataset icons_fs --methods", "unknown method ''"),
         ("--plan --half_width 0.01 --episode_variance 0.001 --accuracy 0.1 --compare a b", "for a difference: "),
     ],

@@ -302,8 +302,10 @@ def test_a_benchmark_stops_when_its_interval_is_narrow_enough(tmp_path):
     assert files_of(tmp_path, "episodes/*/result-*.json") == episodes
     assert "A pilot decided" in (tmp_path / "report.html").read_text()
     launch(*EPISODES, "--num_episodes", 2, "--num_queries", 3, "--methods", "teacher", "--output_dir", tmp_path)
-    assert len(results_of(tmp_path)["looks"]) == 2
-    assert "Results were looked at 2 times" in (tmp_path / "report.html").read_text()
+    looks = results_of(tmp_path)["looks"]  # the end of the benchmark that stopped by itself, its stages, and this
+    assert looks[0] == first["looks"][0] and looks[1] == {"num_episodes": 4, "num_queries": 3}
+    assert len(looks) == len(stages) + 1
+    assert f"Results were looked at {len(looks)} times" in (tmp_path / "report.html").read_text()
     for options, message in (((0.04, "--method", "tint"), "none of --methods"), ((0.7,), "between 0 and 0.5")):
         assert message in launch(*command, *options, code=2)[1]
 
@@ -316,6 +318,7 @@ def test_planning_from_a_pilot(tmp_path, capsys):
     assert "customary" in output and "teacher, a pilot of 4 episodes" in output
     launch("evaluate.py", "--plan", "--pilot", tmp_path / "results.json", "--compare", "teacher", "prototypes",
            "--half_width", 0.005, "--output_dir", tmp_path / "plan")  # fmt: skip
+    assert "evaluate.py --half_width 0.05 --method teacher\n" in output
     found = json.loads((tmp_path / "plan" / "plan.json").read_text())
     assert found["low"]["seconds"] < found["plan"]["seconds"] < found["high"]["seconds"]
     low, high = found["plan"]["range"]
@@ -449,10 +452,12 @@ def test_a_class_that_is_too_small_is_told_before_any_work(tmp_path):
         evaluate.main(evaluate.parse_args([*map(str, options)]))
     assert not (tmp_path / "out").exists()
     # Of a pilot without c nobody knows whether its later episodes will have it.
-    options = [*map(str, options), "--num_episodes", "2", "--half_width", "0.05", "--num_ways", "1"]
-    seed = next(s for s in range(99) if all("c" not in datasets.draw_episode(data, 1, 1, s, k) for k in (0, 1)))
+    options = [*map(str, options), "--num_episodes", "2", "--half_width", "0.05"]
+    seed = next(s for s in range(99) if all("c" not in datasets.draw_episode(data, 2, 1, s, k) for k in (0, 1)))
     with pytest.raises(UserError, match="--half_width may draw any class, of which the smallest has 1 images"):
         evaluate.main(evaluate.parse_args([*options, "--seed", str(seed)]))
+    with pytest.raises(UserError, match="nothing to tell apart"):
+        evaluate.main(evaluate.parse_args([*options, "--num_ways", "1"]))
 
 
 def test_a_student_that_knows_some_of_the_classes_is_refused_unless_prototypes_are_asked_for(tmp_path, capsys):

@@ -45,10 +45,10 @@ def student(run_dir):
     return models.load_model(str(run_dir / "student"))
 
 
-def compiled(student, batch_size, folder):
+def compiled(student, batch_size, folder, max_batch_size=256):
     path = folder / "student.pt2"
     classes = student.pretrained_cfg["label_names"]
-    build_package(WithPreprocessing(student).eval(), classes, batch_size, CPU, path)
+    build_package(WithPreprocessing(student).eval(), classes, batch_size, CPU, path, max_batch_size)
     assert list(folder.iterdir()) == [path]
     return path
 
@@ -169,7 +169,9 @@ def test_mistakes_get_one_line_and_exit_code_2(program, package, run_dir, tmp_pa
 
 def test_a_package_in_python(package, package_of_three, student, tmp_path):
     classifier = AotInductor(package, CPU)
-    for count, path in ((1, package), (300, package), (7, package_of_three)):
+    (tmp_path / "one").mkdir()
+    of_one = compiled(student, None, tmp_path / "one", max_batch_size=1)
+    for count, path in ((1, package), (300, package), (7, package_of_three), (3, of_one)):
         images = torch.randint(256, (count, 3, 32, 32)) / 255
         with torch.inference_mode():
             expected = student(models.normalize(student, images)).log_softmax(-1)

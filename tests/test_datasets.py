@@ -75,7 +75,7 @@ def test_miniimagenet_has_two_layouts(tmp_path):
             make_images(tmp_path / "folders" / part / f"{wnid}{part}", 3)
     make_images(tmp_path / "csv" / "images", 6)
     for part in ("train", "val", "test"):
-        rows = [f"{i:02d}.jpg,n{i % 2}{part}" for i in range(6)]
+        rows = [f"{i:02d}.jpg,n{i % 2}{part}" for i in (*range(6), 0, 1)]  # a line that is there twice counts once
         (tmp_path / "csv" / f"{part}.csv").write_text("\n".join(["filename,label", *rows]) + "\n")
     for layout, classes in (("folders", ["n01test", "n02test"]), ("csv", ["n0test", "n1test"])):
         dataset = load_dataset("miniimagenet", "novel", tmp_path / layout)
@@ -158,6 +158,24 @@ def test_episodes_are_the_same_for_all_and_supports_are_no_queries(tmp_path):
         draw_episode(dataset, 99, 5, 0, 0)
     with pytest.raises(UserError, match="--num_shots 5000"):
         draw_episode(dataset, 5, 5000, 0, 0)
+
+
+def test_another_folder_than_the_named_data_set_is_refused(tmp_path):
+    for name in ("icons_fs", tmp_path):
+        with pytest.raises(UserError, match="--dataset_dir is for cifar_fs, cub, miniimagenet"):
+            load_dataset(str(name), "novel", str(tmp_path / "elsewhere"))
+
+
+def test_an_episode_of_other_images_is_not_taken_for_the_same(tmp_path):
+    for name in ("a", "b", "c"):
+        make_images(tmp_path / "data" / name, 3)
+    command = ("-m", "common.datasets", "--dataset", tmp_path / "data", "--num_ways", 2, "--num_shots", 1,
+               "--output_dir", tmp_path / "episode")  # fmt: skip
+    for classes, code in ((["a", "b"], 0), (["a", "b"], 0), (["a", "c"], 2)):
+        (tmp_path / "data" / "splits.json").write_text(json.dumps({"novel": classes}))
+        _, error = launch(*command, code=code)
+    assert "with other settings or images (images" in error
+    assert sorted(path.name for path in (tmp_path / "episode" / "query").iterdir()) == ["a", "b"]
 
 
 def test_files_are_copied_as_they_are(tmp_path):

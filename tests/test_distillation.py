@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from timm.models import build_model_with_cfg, register_model
 
 import distill
+from assets import training
 from common import architectures, datasets, models, teachers
 from common.checkpoint import load_checkpoint, save_checkpoint
 from common.cli import UserError
@@ -193,6 +194,12 @@ def episode():
             return torch.stack([augment(pictures[34 * c + i]) for c in range(3) for i in range(4)])
 
     return supports, labels, images[:, 4:].flatten(0, 1), torch.arange(3).repeat_interleave(30), views
+
+
+def test_a_head_that_cannot_start_at_prototypes_is_said_to_be_random(capsys):
+    student = SimpleNamespace(get_classifier=lambda: torch.nn.LayerNorm(3))
+    distill.imprint(student, None, None, 10)
+    assert "head, LayerNorm, is not one linear layer: it starts from random weights" in capsys.readouterr().err
 
 
 def test_a_linear_probe_starts_at_the_prototypes_and_learns_its_views(episode):
@@ -597,6 +604,23 @@ def test_a_checkpoint_keeps_everything_and_a_damaged_one_is_named(tmp_path):
     (tmp_path / "c.safetensors").write_bytes((tmp_path / "c.safetensors").read_bytes()[:50])
     with pytest.raises(UserError, match="is damaged"):
         load_checkpoint(tmp_path / "c.safetensors", {}, model=other)
+
+
+def test_a_training_does_not_go_on_with_other_inputs_at_the_same_path(tmp_path, monkeypatch):
+    monkeypatch.setattr(training.signal, "signal", lambda *_: None)
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    args = SimpleNamespace(vae=str(tmp_path / "vae"), output_dir=str(tmp_path / "out"), ema_decay=0.9, max_minutes=0,
+                           validation_steps=1, max_train_steps=9, learning_rate=1.0)  # fmt: skip
+    (tmp_path / "vae").mkdir()
+    for content in (b"one", b"one", b"another"):
+        (tmp_path / "vae" / "model.safetensors").write_bytes(content)
+        if content == b"another":
+            with pytest.raises(UserError, match="inputs changed"):
+                training.Training(args, model, optimizer)
+        else:
+            begun = training.Training(args, model, optimizer)
+            save_checkpoint(begun.path, {"settings": begun.settings, "step": 2}, **begun.stateful())
 
 
 def test_a_training_with_another_order_of_memory_goes_on_as_it_was(tmp_path):

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import datasets
 import numpy as np
@@ -316,6 +317,7 @@ def test_specificity_and_diversity_of_a_generated_folder(run_dir, tmp_path):
     output, _ = launch("evaluate.py", "--generated_dir", f"tint={run_dir / 'generated'}", "--support_dir",
                        run_dir / "support", "--data_dir", run_dir / "query", "--output_dir", tmp_path)  # fmt: skip
     results = json.loads((tmp_path / "results.json").read_text())
+    assert f"{results['sets']['tint'][0]['nearest_support']:.3f}" in output
     teacher = models.load_model("assets/teacher")
     (images, labels, *_), (supports, support_labels, *_) = (
         load_folder(run_dir / part, models.input_size(teacher)[0]) for part in ("generated", "support")
@@ -336,8 +338,25 @@ def test_specificity_and_diversity_of_a_generated_folder(run_dir, tmp_path):
     own = [scipy.spatial.distance.pdist(g[support_labels == c] - centre, "cosine") for c in (0, 1)]
     assert results["real"]["supports"]["pairwise"] == pytest.approx(np.mean(own), abs=1e-4)
     assert results["real"]["supports"]["nearest_support"] == pytest.approx(np.mean(own), abs=1e-4)  # two a class
+    right = []  # of each support the prototypes of all others, in float64
+    for i in range(len(g)):
+        kept = np.arange(len(g)) != i
+        unit = g - g[kept].mean(0)
+        unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+        own = [unit[kept & (support_labels == c).numpy()].mean(0) for c in (0, 1)]
+        right.append(np.argmax([unit[i] @ p / np.linalg.norm(p) for p in own]) == support_labels[i].item())
+    assert results["real"]["supports"]["agreement"]["mean"] == np.mean(right)
     assert results["real"]["real images"]["images"] > 20
-    assert f"{results['sets']['tint'][0]['nearest_support']:.3f}" in output
+    one = [sorted((run_dir / "support" / name).iterdir())[0] for name in classes_of(run_dir)]
+    for path in one:
+        (tmp_path / "one" / path.parent.name).mkdir(parents=True)
+        shutil.copy(path, tmp_path / "one" / path.parent.name)
+    output, err = launch("evaluate.py", "--generated_dir", run_dir / "generated", "--support_dir", tmp_path / "one",
+                         "--data_dir", tmp_path / "one", "--output_dir", tmp_path / "of_one")  # fmt: skip
+    supports = json.loads((tmp_path / "of_one" / "results.json").read_text())["real"]["supports"]
+    assert supports["agreement"] is None and "2 of 2 images" in err and "are supports" in err
+    output, _ = launch("evaluate.py", "--generated_dir", run_dir / "generated", "--support_dir", tmp_path / "one",
+                       "--output_dir", tmp_path / "of_one")  # fmt: skip
     assert "Cosine distance to the nearest support" in (tmp_path / "report.html").read_text()
 
 
@@ -397,7 +416,7 @@ def test_an_interrupted_inversion_goes_on_and_ends_the_same(run_dir, tmp_path):
 
 
 def test_textual_inversion_stops_class_by_class_with_its_best_vectors(run_dir, tmp_path):
-    options = ("--support_dir", run_dir / "support", "--output_dir", tmp_path, "--num_inference_steps", 1,
+    options = ("--support_dir", run_dir / "support", "--output_dir", tmp_path, "--num_inference_steps", 2,
                "--null_text_steps", 0, "--validation_steps", 2, "--patience", 2)  # fmt: skip
     launch("tint_invert.py", *options, "--learning_rate", 0.05, "--max_train_steps", 60)
     records = {name: json.loads((tmp_path / name / "inversion.json").read_text()) for name in classes_of(run_dir)}
@@ -410,7 +429,7 @@ def test_textual_inversion_stops_class_by_class_with_its_best_vectors(run_dir, t
         assert min(losses) >= 0.998 * min(losses[:-2])
         best = steps[int(np.argmin(losses))]
         again = tmp_path / f"{best} steps"  # a run that ends at the best step, and keeps its last vectors
-        options = ("--support_dir", run_dir / "support", "--output_dir", again, "--num_inference_steps", 1,
+        options = ("--support_dir", run_dir / "support", "--output_dir", again, "--num_inference_steps", 2,
                    "--null_text_steps", 0, "--validation_steps", 2, "--patience", 0)  # fmt: skip
         launch("tint_invert.py", *options, "--learning_rate", 0.05, "--max_train_steps", best)
         ours, reference = (load_file(d / name / "learned_embeds.safetensors") for d in (tmp_path, again))
@@ -508,10 +527,32 @@ def test_adding_is_adding(run_dir, tmp_path):
     assert f"1 photo removed from {names[0]}: more.png" in err and "delete" not in err
 
 
+def test_what_is_left_of_an_interrupted_addition_is_of_these_photos_only(run_dir, tmp_path, monkeypatch):
+    """Who then takes the class away has it inverted as if nothing had been there."""
+    for part in ("support", "inversion"):
+        shutil.copytree(run_dir / part, tmp_path / part)
+    name = classes_of(run_dir)[0]
+    shutil.copy(sorted((run_dir / "query" / name).iterdir())[0], tmp_path / "support" / name / "more.png")
+    options = ("--support_dir", tmp_path / "support", "--num_vectors", 2, *INVERT, "--null_text_batch_size", 1)
+
+    def invert(folder):
+        tint_invert.main(tint_invert.parse_args([*map(str, options), "--output_dir", str(folder)]))
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(tint_invert.inversion, "write_inversion", Mock(side_effect=KeyboardInterrupt))
+        invert(tmp_path / "inversion")
+    assert list(tmp_path.glob("inversion/.partial-*/images-0.safetensors"))
+    shutil.rmtree(tmp_path / "inversion" / name)
+    invert(tmp_path / "inversion")
+    invert(tmp_path / "fresh")
+    ours, fresh = (load_file(tmp_path / part / name / "null_text.safetensors") for part in ("inversion", "fresh"))
+    assert all(torch.equal(ours[k], fresh[k]) for k in fresh) and not list(tmp_path.glob("inversion/.partial-*"))
+
+
 def test_a_diffusion_model_is_known_by_its_weights_and_precision(run_dir, tmp_path):
     shutil.copytree("assets/mini-sd", tmp_path / "model")
     invert = ("tint_invert.py", "--support_dir", run_dir / "support", "--output_dir", tmp_path / "inversion",
-              "--pretrained_model_name_or_path", tmp_path / "model", "--max_train_steps", 0, "--num_inference_steps", 1,
+              "--pretrained_model_name_or_path", tmp_path / "model", "--max_train_steps", 0, "--num_inference_steps", 2,
               "--null_text_steps", 0)  # fmt: skip
     launch(*invert)
     _, err = launch(*invert, "--mixed_precision", "bf16", code=2)
