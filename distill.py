@@ -32,7 +32,7 @@ from common.memory import announce, batch_bytes, bytes_of
 from common.processes import as_main_sees, cores_of_a_process, generator, seeded, start
 from common.records import blaming, check_settings, fingerprint, read_json, settings_of, write_file, write_json
 from common.report import TEMPLATES, with_interval
-from common.shards import list_samples, open_samples
+from common.shards import list_samples, open_samples, require_finished
 from common.teachers import SPECIALISATIONS, augmentation, for_views, make_teacher
 
 TRAIN_DIR = "outputs/demo/generated"
@@ -190,6 +190,8 @@ def list_others(args):
         if others:
             note(f"--supports_only: {others} is left out")
         return None, []
+    if args.unlabeled_dir:
+        require_finished(args.unlabeled_dir)
     train_dir = args.train_dir or (None if others else TRAIN_DIR)
     return train_dir, find_images(args.unlabeled_dir) if args.unlabeled_dir else []
 

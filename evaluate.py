@@ -15,7 +15,7 @@ what they have in common. Finished work is kept: more episodes, queries or arms 
 On generated images: how specific and how diverse they are in the teacher's feature space, at each alpha.
 
     python evaluate.py --generated_dir outputs/demo/generated --support_dir outputs/demo/support \\
-        --data_dir outputs/demo/query
+        --data_dir outputs/demo/query --output_dir outputs/demo/evaluation_generated
 
 Planning: the cheapest numbers of episodes and queries for a wanted precision (theorem 1 of 2406.03146), or a benchmark
 that begins with a pilot and stops when its intervals are narrow enough (Stein, 1945).
@@ -45,6 +45,7 @@ from common.processes import start
 from common.records import provenance, refuse_other_results, write_json
 from common.report import data_uri, generated_table, points, with_interval, write_report
 from common.runtimes import OPENED_BY, open_exported
+from common.shards import require_finished
 
 STAGES = {"invert": tint_invert, "generate": tint_generate, "distill": distill}  # that the arms of an episode run
 OPTIONS = ("model", "data_dir", "support_dir", "teacher_image_size", "batch_size", "seed")  # that count on a folder
@@ -157,6 +158,7 @@ def summarise(predictions, confidences, labels, classes, names, paths, num_worst
 
 def evaluate_folder(args, accelerator):
     """Accuracy of each --model on the images of --data_dir, for results.json."""
+    require_finished(args.data_dir)
     by_class = list_images(args.data_dir)
     classes, (paths, labels) = list(by_class), with_labels(by_class)
     known = count_supports(paths, args.data_dir, args.support_dir)

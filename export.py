@@ -157,7 +157,6 @@ def read_images(args, model, classes):
     or None where nobody knows them."""
     size, labels, found = models.input_size(model), None, []
     if args.data_dir:
-        require_finished(args.data_dir)
         images = [as_tensor(image) for _, image in open_samples(args.data_dir, size[0])]
         found.append(torch.stack(images[:: -(-len(images) // args.num_samples)]))
     if args.support_dir:
@@ -233,6 +232,8 @@ def refuse(args):
     any_size = args.include_preprocessing == "any_size" and args.precision[-1] != "int8_tensorrt"
     if "tensorrt" in args.runtime and any_size:
         raise UserError("An engine takes images of one size: give --include_preprocessing model_size.")
+    for folder in filter(None, (args.data_dir, args.query_dir)):
+        require_finished(folder)
     for name in args.runtime:
         RUNTIMES[name].require()
     if args.web:

@@ -22,7 +22,7 @@ from common.report import points, with_interval
 
 STARTS = {
     "pretrained": "--distill.max_train_steps 100",
-    "random weights": "--distill.max_train_steps 400 --distill.student conv4_64 --distill.num_views 0",  # new ones
+    "random weights": "--distill.student conv4_64 --distill.max_train_steps 400 --distill.num_views 0",  # all new
 }
 
 

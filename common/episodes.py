@@ -423,8 +423,10 @@ def evaluate_episodes(args, stages, accelerator, rank=0):
     if before.is_file():
         with blaming(before):
             known = read_json(before, dict)
-            stages = known.get("stages", []) if args.half_width is None else []  # whose interval was another
-            looks = [*known.get("looks", []), *({name: stage[name] for name in look} for stage in stages[:-1])]
+            looks = list(known.get("looks", []))
+            if args.half_width is None:  # those on the way to the last, of a benchmark that stopped by itself, count
+                decided = [{name: stage[name] for name in look} for stage in known.get("stages", [])]
+                looks[-1:-1] = [stage for stage in decided if stage not in looks]
     return results | {"looks": looks if looks[-1:] == [look] else [*looks, look]}
 
 

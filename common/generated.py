@@ -9,7 +9,7 @@ from common.cli import UserError, named_paths
 from common.images import as_tensor, count_supports, list_images
 from common.memory import announce
 from common.records import provenance
-from common.shards import open_samples, require_finished
+from common.shards import open_samples, require_finished, shards_of
 
 OPTIONS = ("generated_dir", "support_dir", "data_dir", "teacher", "teacher_image_size")
 
@@ -90,7 +90,7 @@ def evaluate_generated(args, accelerator):
     if not args.support_dir:
         raise UserError("--generated_dir needs --support_dir, the images that they were generated from.")
     folders = named_paths(args.generated_dir)
-    for folder in folders.values():
+    for folder in (*folders.values(), *([args.data_dir] if args.data_dir else [])):
         require_finished(folder)
     model = models.load_model(args.teacher, image_size=args.teacher_image_size).to(accelerator.device)
     parts = {"the teacher (--batch_size)": models.answering_bytes(model, args.batch_size)}
@@ -100,8 +100,9 @@ def evaluate_generated(args, accelerator):
     answers = models.held_out_answers(teacher.support_features.cpu(), labels)
     support = support_f, labels
     real = {"supports": specificity_and_diversity(support_f, answers, labels, *support)}
-    if args.data_dir:
+    if args.data_dir and not shards_of(args.data_dir):
         count_supports([*chain(*list_images(args.data_dir).values())], args.data_dir, args.support_dir)
+    if args.data_dir:
         f, answers, labels, _ = embed(args.data_dir, teacher, classes, args.batch_size)
         real["real images"] = specificity_and_diversity(f, answers, labels, *support)
     sets = {}

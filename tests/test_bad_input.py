@@ -513,8 +513,15 @@ def test_images_of_an_unfinished_generation_are_not_measured(run_dir, tmp_path):
     shutil.copytree(run_dir / "generated", tmp_path / "generated")
     (tmp_path / "generated" / "metadata.jsonl").unlink()
     options = ("--support_dir", run_dir / "support", "--output_dir", tmp_path / "out")
-    for command in (("evaluate.py", "--generated_dir", tmp_path / "generated"),
-                    ("export.py", "--model", run_dir / "student", "--data_dir", tmp_path / "generated")):  # fmt: skip
+    student = ("--model", run_dir / "student")
+    for command in (
+        ("evaluate.py", "--generated_dir", tmp_path / "generated"),
+        ("evaluate.py", "--generated_dir", run_dir / "generated", "--data_dir", tmp_path / "generated"),
+        ("evaluate.py", *student, "--data_dir", tmp_path / "generated"),
+        ("export.py", *student, "--data_dir", tmp_path / "generated"),
+        ("export.py", *student, "--query_dir", tmp_path / "generated"),
+        ("distill.py", "--unlabeled_dir", tmp_path / "generated"),
+    ):
         assert "generated: tint_generate.py has not finished" in rejected(*command, *options)
 
 

@@ -302,8 +302,8 @@ def test_a_benchmark_stops_when_its_interval_is_narrow_enough(tmp_path):
     assert files_of(tmp_path, "episodes/*/result-*.json") == episodes
     assert "A pilot decided" in (tmp_path / "report.html").read_text()
     launch(*EPISODES, "--num_episodes", 2, "--num_queries", 3, "--methods", "teacher", "--output_dir", tmp_path)
-    looks = results_of(tmp_path)["looks"]  # the end of the benchmark that stopped by itself, its stages, and this
-    assert looks[0] == first["looks"][0] and looks[1] == {"num_episodes": 4, "num_queries": 3}
+    looks = results_of(tmp_path)["looks"]  # of the benchmark that stopped by itself, stage by stage, and this
+    assert looks[0] == {"num_episodes": 4, "num_queries": 3} and looks[-2] == first["looks"][0]
     assert len(looks) == len(stages) + 1
     assert f"Results were looked at {len(looks)} times" in (tmp_path / "report.html").read_text()
     for options, message in (((0.04, "--method", "tint"), "none of --methods"), ((0.7,), "between 0 and 0.5")):

@@ -357,6 +357,7 @@ def test_specificity_and_diversity_of_a_generated_folder(run_dir, tmp_path):
     assert supports["agreement"] is None and "2 of 2 images" in err and "are supports" in err
     output, _ = launch("evaluate.py", "--generated_dir", run_dir / "generated", "--support_dir", tmp_path / "one",
                        "--output_dir", tmp_path / "of_one")  # fmt: skip
+    assert re.search(r"^supports +2 *$", output, re.MULTILINE)  # of single ones nothing is known
     assert "Cosine distance to the nearest support" in (tmp_path / "report.html").read_text()
 
 

@@ -33,7 +33,7 @@ def build_package(module, classes, batch_size, device, path, max_batch_size=256)
     install = "install one (Debian: apt-get install g++), or name it in the environment variable CXX."
     with refusing(f"{path} needs a C++ compiler, and none is found: {install}", InvalidCxxCompiler):
         get_cpp_compiler()
-    size, batch_size = input_size(module.model), 1 if max_batch_size == 1 else batch_size
+    size, batch_size = input_size(module.model), batch_size or (1 if max_batch_size == 1 else None)
     smallest, largest = (batch_size, batch_size) if batch_size else (1, max_batch_size)
     # Of one example image the compiler would conclude that there is always one.
     example = torch.zeros(batch_size or 2, *size, 3, dtype=torch.uint8, device=device)
