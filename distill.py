@@ -137,8 +137,7 @@ def imprint(student, supports, labels, scale):
 
 
 class Learner(nn.Module):
-    """The student and, for feature matching, a linear map of what its classifier sees to the teacher's features, which
-    is thrown away."""
+    """The student and, for feature matching, a linear map, later thrown away, from its features to the teacher's."""
 
     def __init__(self, student, teacher_width=None):
         super().__init__()
@@ -222,8 +221,7 @@ def answering(teacher, args):
 
 
 def train(student, teacher, views, args, accelerator, settings):
-    """Distils the teacher into the student, and returns that and a curve [[step, mean loss, share of views with the
-    teacher's class], ...]."""
+    """Distils the teacher into the student. Returns it, and a curve [[step, mean loss, agreement with the teacher]]."""
     device, checkpoint = accelerator.device, Path(args.output_dir) / "checkpoint.safetensors"
     learner = Learner(student, teacher.prototypes.shape[1] if args.feature_weight else None)
     learner = learner.to(device, memory_format=models.memory_format(student))
@@ -314,8 +312,8 @@ def finish(student, classes, paths, facts, args):
         facts["accuracy"] = models.accuracy_on(args.query_dir, student, models.with_head(student), classes)
     write_card(student, classes, paths, facts, args)
     write_json(Path(args.output_dir) / "distill.json", facts)  # last: it marks the student as done
-    print(f"{args.output_dir}: loss {facts['loss'][-1][1]:.4f}; a student that knows nothing has "
-          f"{facts['loss_of_ignorance']:.4f}")  # fmt: skip
+    loss, ignorance = facts["loss"][-1][1], facts["loss_of_ignorance"]
+    print(f"{args.output_dir}: loss {loss:.4f}; a student that knows nothing has {ignorance:.4f}")
     print(f"  its answer is the teacher's for {facts['agreement'][-1][1]:.1%} of the last views")
     if args.query_dir:
         print(f"  accuracy on {facts['accuracy']['count']} test images: {with_interval(facts['accuracy'])} %")

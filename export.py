@@ -8,7 +8,6 @@ import copy
 import json
 import os
 import warnings
-from argparse import Namespace
 from pathlib import Path
 
 import onnx
@@ -124,8 +123,7 @@ def compare(reference, other, labels=None):
 
 
 def verdict(fidelity):
-    """The first line of the report: what costs accuracy, and what loss so many images cannot rule out. `fidelity` is
-    {name: facts of `compare`}."""
+    """The report's first line, of {name: facts of `compare`}: what costs accuracy, what loss cannot be ruled out."""
     changes = {name: facts.get("accuracy_change") for name, facts in fidelity.items()}
     if not changes:
         return "Nothing was compared."
@@ -153,8 +151,7 @@ def verdict(fidelity):
 
 
 def read_images(args, model, classes):
-    """Images to calibrate with, images to compare answers on, both [N, 3, h, w] in [0, 1], and the labels [N] of these,
-    or None where nobody knows them."""
+    """Images to calibrate with, images to compare answers on, both [N, 3, h, w] in [0, 1], and their labels or None."""
     size, labels, found = models.input_size(model), None, []
     if args.data_dir:
         images = [as_tensor(image) for _, image in open_samples(args.data_dir, size[0])]
@@ -206,8 +203,7 @@ def written(folder):
 
 
 def build(runtime, student):
-    """Lets a runtime write its own file. Returns the UserError of one that cannot: all else is made and measured before
-    it is raised."""
+    """Lets a runtime write its own file. Returns the UserError of one that cannot, to be raised when all is done."""
     try:
         runtime.build(student)
     except UserError as error:
@@ -218,10 +214,6 @@ def refuse(args):
     """Raises a UserError where options contradict each other, or a runtime is not installed."""
     if args.batch_size and args.benchmark and args.benchmark_batch_sizes != [args.batch_size]:
         raise UserError(f"--batch_size fixes it: give --benchmark_batch_sizes {args.batch_size} alone.")
-    if args.benchmark_batch_sizes != [1] and not args.benchmark:
-        raise UserError("--benchmark_batch_sizes is for --benchmark: give both.")
-    if args.teacher_image_size and not args.teacher:
-        raise UserError("--teacher_image_size is for --teacher: give both.")
     largest = max([args.opt_batch_size, *(args.benchmark_batch_sizes if args.benchmark else [])])
     if largest > args.max_batch_size:
         raise UserError(f"Batch {largest} is above --max_batch_size {args.max_batch_size}: raise --max_batch_size.")
@@ -247,12 +239,11 @@ def main(args):
     refuse(args)
     output_dir = Path(args.output_dir)
     refuse_other_results(record := output_dir / "benchmark.json", "export")
-    if not record.is_file():
-        refuse_others(output_dir / "benchmark.md", *written(output_dir))
     accelerator = start(args)
     if not accelerator.is_main_process:
         return  # one process exports; a second would only disturb its timing
     if not record.is_file():
+        refuse_others(output_dir / "benchmark.md", *written(output_dir))
         write_json(record, {"kind": "export"})  # whose the files are, should it be interrupted
     device, cpu = accelerator.device, torch.device("cpu")
     model = reparameterize_model(models.load_model(args.model))  # RepVGG and its kind become plain convolutions
@@ -268,8 +259,6 @@ def main(args):
     student = Student(model, classes, write_onnx(model, classes, args, images), images, output_dir, device, args)
     if args.web:
         graph = of_any_size(export_fp32(model), models.input_size(model))
-        facts = Namespace(**vars(args) | {"include_preprocessing": "any_size", "batch_size": None})
-        onnx.helper.set_model_props(graph, metadata(model, classes, facts, "fp32", True))
         write_page(output_dir / "web", graph.SerializeToString(), classes, args.web)
     unbuilt = {name: error for name in args.runtime if (error := build(RUNTIMES[name], student))}
 
@@ -343,8 +332,7 @@ def parse_args(argv=None):
         "graph: uint8 images [batch, height, width, 3] in, probabilities out. Images are of any size and resized "
         "there, which int8_tensorrt leaves out; or all of the model's input size")  # fmt: skip
     add("--web", nargs="?", const=PACKAGE, metavar="PACKAGE", help="also write a page for browsers, with the npm "
-        f"package onnxruntime-web from this folder or, where none is given, {PACKAGE}; where that does not exist, the "
-        "page loads it from a CDN")  # fmt: skip
+        f"package onnxruntime-web of this folder, by default {PACKAGE} or, without that, a CDN")  # fmt: skip
     add("--num_samples", type=positive_int, default=512, help="at most so many of --data_dir, evenly spaced")
     add("--benchmark", action="store_true", help="time the models")
     add("--num_threads", type=positive_int, nargs="+", help="numbers of CPU threads to time with; default: PyTorch's")

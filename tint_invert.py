@@ -282,10 +282,8 @@ def invert_images(counts, latents, texts, pipe, schedule, args, accelerator, par
 
 def invert_classes(names, paths, known, settings, pipe, schedule, upscaler, args, accelerator):
     """Inverts images of several classes together, {class name: paths}, and writes each class's folder with its
-    settings, {class name: settings}. `known`: what is recorded of one class to which the images are added, and which
-    keeps its word; else None."""
-    device, root = accelerator.device, Path(args.output_dir)
-    added = [inversion.name_of(path, names[0], args) for path in paths[names[0]]] if known else ()
+    settings, {class name: settings}. `known`: the record of one class that the images are added to, or None."""
+    added, device, root = paths[names[0]] if known else (), accelerator.device, Path(args.output_dir)
     partial = inversion.begin(names, settings, args, added)
     images = [[load_support(path, args.resolution, upscaler) for path in paths[name]] for name in names]
     images = [torch.stack(batch).to(device) for batch in images]

@@ -1,5 +1,4 @@
-"""What scripts share. Importing any of it leaves out the three lines that torch and diffusers print, where torchao is
-installed, of how the one uses the other."""
+"""What scripts share. Importing any of it leaves out what torch and diffusers print where torchao is installed."""
 
 import logging
 

@@ -12,8 +12,7 @@ from common.records import blaming, compare_settings, save_tensors
 
 
 def save_checkpoint(path, facts, **stateful):
-    """Writes a checkpoint, which appears whole: facts, {name: what JSON can hold}, and modules, or optimizers whose
-    state are tensors by parameter, as AdamW's."""
+    """Writes a checkpoint, whole: facts, {name: what JSON can hold}, and modules, or optimizers such as AdamW."""
     tensors = {}
     for name, owner in stateful.items():
         state = owner.state_dict()

@@ -110,10 +110,8 @@ def make_schedule(scheduler, num_inference_steps):
     if num_inference_steps > end or not reaches_noise(num_inference_steps):
         good = [steps for steps in range(1, end + 1) if reaches_noise(steps)]
         nearest = min(good, key=lambda steps: abs(steps - num_inference_steps))
-        raise UserError(
-            f"--num_inference_steps {num_inference_steps}: with this model's {spacing} spacing of {end} timesteps, so "
-            f"many steps do not begin at its noise. Give {nearest}."
-        )
+        raise UserError(f"--num_inference_steps {num_inference_steps}: with this model's {spacing} spacing of {end} "
+                        f"timesteps, so many steps do not begin at its noise. Give {nearest}.")  # fmt: skip
     scheduler.set_timesteps(num_inference_steps)
     timesteps = tuple(scheduler.timesteps.tolist()[:num_inference_steps])  # "trailing" adds -1 where it rounds badly
     abar = [scheduler.alphas_cumprod[t].item() for t in timesteps] + [float(scheduler.final_alpha_cumprod)]
@@ -250,9 +248,8 @@ def denoise(unet, schedule, z, prompt_embeds, null_embeds, guidance_scale, steps
 
 
 def parse_with_model_defaults(parser, script, argv, presets):
-    """Parses the command line. A local model folder may hold `tint.json`, {script: {option: value}}, of its own best
-    settings, which replace the script's defaults, those of Stable Diffusion; a preset, {option: value} by the name of
-    --preset, replaces both."""
+    """Parses the command line. A local model folder may hold `tint.json`, {script: {option: value}}, which
+    replace the script's defaults, those of Stable Diffusion; a preset, of {name: {option: value}}, replaces all."""
     argv = sys.argv[1:] if argv is None else argv
     known = [word for word in argv if word not in ("-h", "--help")]
     model = parser.parse_known_args(known)[0]

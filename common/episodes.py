@@ -211,10 +211,9 @@ def draw(index, arms, dataset, args):
     for name, drawn in queries.items():
         if len(drawn) < (args.num_queries or 1):
             real = f", {held} of them held back (--num_real)" if held else ""
-            raise UserError(
-                f"{name} has {len(beside[name])} images beside its supports{real}, which does not leave --num_queries "
-                f"{args.num_queries or 'all'}: lower {'one of the two' if held else '--num_queries'}."
-            )
+            raise UserError(f"{name} has {len(beside[name])} images beside its supports{real}, which does not leave "
+                            f"--num_queries {args.num_queries or 'all'}: lower "
+                            f"{'one of the two' if held else '--num_queries'}.")  # fmt: skip
     return supports, queries
 
 
@@ -249,8 +248,7 @@ def announce_arms(arms, stages, args, accelerator):
 
 
 def run_episode(index, arms, dataset, args, device, say_needs):
-    """What is not done yet of one episode: for each arm, which queries of each class it answers rightly. `say_needs`
-    is called before the first of them."""
+    """What is left of one episode: for each arm, which queries it answers rightly; before the first, `say_needs()`."""
     folder = episode_folder(index, args)
     supports, queries = draw(index, arms, dataset, args)
     for arm in arms:
@@ -281,8 +279,7 @@ def episode_folder(index, args):
 
 
 def read_record(folder, arm):
-    """{"correct": {class name: [1 or 0 of each query]}, "seconds": {part: seconds}} of an arm; where it is new,
-    nothing is "correct"."""
+    """{"correct": {class name: [1 or 0 of each query]}, "seconds": {part: seconds}} of an arm; nothing of a new one."""
     path = folder / f"result-{arm.key}.json"
     if not path.is_file():
         return {"correct": {}}
@@ -389,8 +386,6 @@ def evaluate_episodes(args, stages, accelerator, rank=0):
     """
     dataset = datasets.load_dataset(args.dataset, args.split, args.dataset_dir)
     arms = [parse_arm(text, args, stages, accelerator.mixed_precision) for text in args.methods]
-    if args.num_ways < 2:
-        raise UserError("--num_ways 1: there is nothing to tell apart.")
     if len({arm.name for arm in arms}) < len(arms):
         raise UserError(f"--methods {' '.join(args.methods)}: two have the same name; say NAME=METHOD.")
     for index in range(args.num_episodes):  # a class that is too small is told of now, not after hours

@@ -18,8 +18,7 @@ def specificity_and_diversity(f, answers, labels, support_f, support_labels):
     """How well images keep to their classes, and how much they vary within them.
 
     Args:
-        f: unit features [N, D]. answers: the teacher's classes [N], -1 where it has none.
-        labels: what the images should be [N].
+        f: unit features [N, D]. answers: the teacher's classes [N], or -1. labels: what the images should be [N].
         support_f, support_labels: those of the supports; the same objects where the images are the supports.
     Returns:
         {"images": N, "agreement": share of answers that are the label, with its Wilson interval, "nearest_support":

@@ -1,5 +1,4 @@
-"""Image folders (`DIR/<class>/`, the layout of torchvision's ImageFolder), the way from a file to a model's input, and
-picture grids."""
+"""Image folders (`DIR/<class>/`, as torchvision's ImageFolder), the way from a file to a model's input, and grids."""
 
 import io
 from collections import Counter
@@ -149,8 +148,7 @@ def square(image, size=None):
 
 
 def as_tensor(image, size=None):
-    """`square` as a float tensor [3, size, size] in [0, 1]. From a file to a model's input this is the one way, and
-    the C++ program's."""
+    """`square` as a float tensor [3, size, size] in [0, 1]: the one way to a model's input, and the C++ program's."""
     return TF.to_dtype(TF.to_image(square(image, size)), torch.float32, scale=True)
 
 
@@ -160,8 +158,7 @@ def load_image(path, size=None):
 
 
 def load_folder(folder, size=None, classes=None):
-    """All that `list_images` finds: images [N, 3, size, size] in [0, 1], labels [N] (indices into classes), classes,
-    paths [N]. Without `size` all must be of one."""
+    """Of `list_images`: images [N, 3, size, size] in [0, 1], labels [N], classes, paths [N]; without `size` of one."""
     by_class = list_images(folder, classes)
     paths, labels = with_labels(by_class)
     return torch.stack([load_image(path, size) for path in paths]), labels, list(by_class), paths

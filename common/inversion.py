@@ -51,8 +51,7 @@ def read_inversion(folder):
 
 
 def open_inversion(folder):
-    """The facts of one class's inversion, with its NULL_TEXT opened as `null_text`, and `fingerprints` of its word and
-    of what there is of each image."""
+    """The facts of one class's inversion, NULL_TEXT opened as `null_text`, and `fingerprints` of word and images."""
     facts = read_inversion(folder)
     with refusing(f"{folder} is no inversion ({{error}}): move it away and invert again."):
         words = load(folder / EMBEDS, "cpu")
@@ -74,10 +73,8 @@ def require_supports(record, before, folder):
     with records.blaming(record):
         now = {name: records.fingerprint([folder / name]) for name in before if (folder / name).is_file()}
         if changed := "; ".join(records.changed_files(before, now)):
-            raise UserError(
-                f"{record} is of other photos than {folder} holds now ({changed}): put them back, or invert those that "
-                "are there into another folder."
-            )
+            raise UserError(f"{record} is of other photos than {folder} holds now ({changed}): put them back, or "
+                            "invert those that are there into another folder.")  # fmt: skip
 
 
 def open_inversions(args):
@@ -140,15 +137,13 @@ def name_of(path, class_name, args):
 
 
 def partial_folder(names, settings, args, added=()):
-    """Where an interrupted inversion of these classes, with these settings, keeps what it has done; or one of images
-    that are `added` to a class."""
+    """Where an inversion of these classes and settings, or of images `added` to one, keeps what it has done so far."""
     key = records.digest({name: settings[name] for name in names}, args.null_text_batch_size, *added)
     return Path(args.output_dir) / f".partial-{key}"
 
 
 def begin(names, settings, args, added=()):
-    """The folder in which an inversion of these classes, or of images `added` to one, keeps what it has done, until it
-    is done."""
+    """Makes the `partial_folder` of an inversion that begins, or goes on, and returns it."""
     folder = partial_folder(names, settings, args, added)
     records.write_json(folder / CLASSES, names)
     return folder
@@ -169,8 +164,7 @@ def is_done(root, names):
 
 
 def batches(root, new, settings, args, num_processes):
-    """The `new` classes in groups that are inverted together. A group whose inversion was interrupted stays as it was:
-    in other company the last bits would differ."""
+    """The `new` classes in groups that are inverted together. An interrupted group stays: in another, bits differ."""
     found = interrupted(root)
     begun = {k: g for k, g in found.items() if not is_done(root, g) and set(g) <= settings.keys()}
     begun = [group for folder, group in begun.items() if folder == partial_folder(group, settings, args)]

@@ -40,8 +40,7 @@ def peak_bytes(function, *args):
 
 
 def batch_bytes(function, count):
-    """`peak_bytes` of a function of a batch's size, for `count`: in a straight line from what it takes for one or two,
-    and for twice as many."""
+    """`peak_bytes` of a function of a batch's size, for `count`: in a line from those of one or two, and twice that."""
     few = min(2, count)
     less, more = (peak_bytes(function, size) for size in (few, 2 * few))
     return less + (count - few) * (more - less) / few
@@ -53,8 +52,7 @@ def bytes_of(*modules):
 
 
 def announce(modules, parts, device):
-    """Says how much memory the work will need, {what is done: bytes at its peak} beside the modules, and whether the
-    device has it."""
+    """Says how much memory work needs, {what is done: bytes at its peak} beside modules, and whether it is there."""
     what, most = max(parts.items(), key=lambda part: part[1])
     needed = bytes_of(*modules) + most
     text = f"memory: about {needed / 2**30:.2f} GiB, {most / 2**30:.2f} of them for {what}"

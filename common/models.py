@@ -35,7 +35,9 @@ def load_model(name_or_path, pretrained=True, image_size=None, checkpoint=None, 
     """A timm model in eval mode from a model folder, a timm name, or a hub name (`hf-hub:...`), of its own input side
     or `image_size`. The weights of a safetensors file `checkpoint` replace the model's, but for the classifier's. A
     UserError says that it cannot be loaded, or takes no images of that side."""
-    folder = folder_of(name_or_path)
+    folder = Path(name_or_path)
+    if str(name_or_path).startswith(("local-dir:", "hf_hub:")):  # which mean nothing elsewhere here
+        raise UserError(f"{name_or_path}: give a folder without a prefix, or a name of the hub as hf-hub:NAME.")
     if folder.is_dir():
         if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
             raise UserError(f"{folder} is no model folder: it needs config.json and model.safetensors.")
@@ -62,13 +64,6 @@ def load_model(name_or_path, pretrained=True, image_size=None, checkpoint=None, 
     with torch.no_grad(), refusing(f"{name_or_path} takes no images of {size} ({{error}}): give another size."):
         with_head(model)(torch.zeros(1, 3, *input_size(model)))
     return model
-
-
-def folder_of(name_or_path):
-    """The path of a model, which need not exist. A UserError tells of prefixes that timm alone reads."""
-    if str(name_or_path).startswith(("local-dir:", "hf_hub:")):
-        raise UserError(f"{name_or_path}: give a folder without a prefix, or a name of the hub as hf-hub:NAME.")
-    return Path(name_or_path)
 
 
 def load_student(args, classes):
@@ -118,14 +113,13 @@ def save_model(model, folder, classes, as_it_is=True):
         model: in eval mode, on the CPU. classes: the class names in the order of its outputs.
     """
     # What timm's own transform would cut away at the border, this project's models have learned from.
-    data_config = {"input_size": (3, *input_size(model)), "crop_pct": 1.0, "crop_mode": "center"}
-    data_config["interpolation"] = "bicubic"
+    config = {"input_size": (3, *input_size(model)), "crop_pct": 1.0, "crop_mode": "center", "interpolation": "bicubic"}
     with refusing(
         f"{model.pretrained_cfg['architecture']} at {input_size(model)[0]} pixels cannot be used, or not be saved as "
         "it is ({error}): choose another student or --student_image_size."
     ):
         with whole_file(Path(folder) / "config.json") as temporary:  # first: it says whose weights they are
-            save_config_for_hf(model, temporary, {"label_names": list(classes)}, data_config=data_config)
+            save_config_for_hf(model, temporary, {"label_names": list(classes)}, data_config=config)
         if is_ours(model):
             write_file(Path(folder) / "architectures.py", Path(architectures.__file__).read_bytes())
         save_tensors(Path(folder) / "model.safetensors", model.state_dict())
@@ -148,7 +142,7 @@ def weights_of(name_or_path, checkpoint=None):
 
 def class_names(name_or_path):
     """The class names in a model folder's `config.json`, or None. A UserError says that the file is damaged."""
-    path = folder_of(name_or_path) / "config.json"
+    path = Path(name_or_path) / "config.json"
     if not path.is_file():
         return None
     with blaming(path):
@@ -186,8 +180,7 @@ def count_flops(model):
 
 
 def resize(model, images):
-    """Images [B, 3, H, W] in [0, 1] to the model's input size, with antialiasing. Nothing is cropped away at the
-    border, as timm's `crop_pct` would."""
+    """Images [B, 3, H, W] in [0, 1] to the model's input size, antialiased, without timm's cropping by `crop_pct`."""
     if images.shape[-2:] == input_size(model):
         return images
     mode = "bilinear" if model.pretrained_cfg.get("interpolation") == "bilinear" else "bicubic"

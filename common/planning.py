@@ -11,7 +11,7 @@ from scipy.special import stdtrit
 from scipy.stats import chi2
 
 from common import statistics
-from common.cli import UserError, positive_int, refuse_others, refusing
+from common.cli import UserError, positive_int, refusing
 from common.records import blaming, read_json, write_json
 from common.report import percent
 from common.statistics import Moments
@@ -21,8 +21,7 @@ ENOUGH = 20  # episodes to know a variance by: fewer do not decide on more than 
 
 
 def variance_range(m):
-    """What s2 may be after a pilot of these Moments: the 5, 50 and 95% quantiles of its posterior under a flat prior of
-    log(s2 + v / Q).
+    """What s2 may be after a pilot: the 5, 50 and 95% quantiles of its posterior, log(s2 + v / Q) having a flat prior.
 
     (P - 1) spread / (s2 + v / Q) is chi-squared with P - 1 degrees of freedom, cut off where s2 < 0: a pilot whose
     episodes happen to vary no more than their queries does not make s2 nothing. Endless episodes know s2.
@@ -132,8 +131,7 @@ def next_stage(pilot, m, half_width):
 
 
 def scores_of(results, names, count=None):
-    """The Moments of the first `count` episodes (default: all) in results.json: of the accuracy of the method in
-    `names`, or of two methods' difference."""
+    """Moments of the first `count` episodes (default: all) of results.json: an accuracy, or a difference of methods."""
     kept = (results["methods"][name]["answers"][:count] for name in names)
     answers = [[[[int(hit) for hit in text] for text in episode] for episode in episodes] for episodes in kept]
     if len(names) == 2:
@@ -188,10 +186,8 @@ def read_pilot(args):
 def expected(args):
     """The same by the numbers on the command line, as endless episodes would show them."""
     if args.episode_variance is None or (args.disagreement is None and (args.compare or args.accuracy is None)):
-        raise UserError(
-            "--plan needs --pilot, a results.json; or --episode_variance, --accuracy (for a difference: "
-            "--disagreement), --episode_seconds and --query_seconds."
-        )
+        raise UserError("--plan needs --pilot, a results.json; or --episode_variance, --accuracy (for a difference: "
+                        "--disagreement), --episode_seconds and --query_seconds.")  # fmt: skip
     mean, s2, is_accuracy = args.accuracy or 0.0, args.episode_variance, args.disagreement is None
     square = mean if is_accuracy else args.disagreement
     if not 0 < square < 1 or square - mean**2 < s2 or abs(mean) > square:
@@ -206,9 +202,6 @@ def expected(args):
 def print_plan(args):
     """Prints the cheapest benchmark that reaches --half_width, or the most precise one in --budget_seconds; with its
     range, where a pilot knows the variance over episodes only so well. The command line has the last word on costs."""
-    record = Path(args.output_dir) / "plan.json"
-    if record.is_file() and "customary" not in read_json(record, dict):
-        refuse_others(record)
     if (args.half_width is None) == (args.budget_seconds is None):
         raise UserError("--plan needs one of --half_width and --budget_seconds.")
     m, cost, ways, title = (read_pilot if args.pilot else expected)(args)
@@ -238,4 +231,4 @@ def print_plan(args):
     if args.half_width and not certain:
         wish = " ".join(["--compare", *args.compare] if args.compare else ["--method", title.partition(", a pilot")[0]])
         print(f"or, to stop when the interval is narrow enough: evaluate.py --half_width {args.half_width} {wish}")
-    write_json(record, found)
+    write_json(Path(args.output_dir) / "plan.json", found)

@@ -1,5 +1,4 @@
-"""Plots by matplotlib as SVG text for a page: 360 units wide, so that text keeps its size on a phone, and in the page's
-own ink, light or dark."""
+"""Plots by matplotlib as SVG for a page: 360 units wide, so that phones show text in its size, and in its own ink."""
 
 import io
 import re

@@ -39,8 +39,7 @@ class CentralSquare(nn.Module):
     """`common.images.square` as a graph: uint8 images [B, H, W, 3] of any height and width to [B, h, w, 3].
 
     Resampling is a product of matrices for the columns and one for the rows, each rounded to 8 bits. Pillow begins with
-    the rows where these shrink by more than twice as many pixels; there results differ at hard edges, by 12 of 255 at
-    most in drawings.
+    the rows where these shrink by more than twice as many pixels; there hard edges differ, by up to 12 of 255.
     """
 
     def __init__(self, size):

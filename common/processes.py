@@ -64,8 +64,7 @@ def cores_of_a_process():
 
 
 def as_main_sees(read, accelerator):
-    """What `read()` gives, or the UserError that it raises, in the main process, for all: files may change between one
-    process's look and another's."""
+    """What `read()` gives or raises, a UserError, in the main process, for all: files may change between two looks."""
     found = [None, None]
     if accelerator.is_main_process:
         try:

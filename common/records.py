@@ -149,8 +149,7 @@ def read_json(path, kind=object):
 
 def keep_apart(args):
     """Raises a UserError where the output folder is an input folder, lies in one, or holds one, links being followed:
-    what is written would be taken for input, or written over it. And where its name is no UTF-8: safetensors would not
-    read what it has written."""
+    what is written would be taken for input. And where its name is no UTF-8, which safetensors would not read."""
     if os.fsencode(args.output_dir) != str(args.output_dir).encode(errors="replace"):
         raise UserError(f"--output_dir {args.output_dir!r}: that name is no UTF-8. Give another.")
     output = Path(os.path.realpath(args.output_dir))  # which, unlike Path.resolve, takes a link to itself
@@ -242,10 +241,8 @@ def compare_settings(path, before, settings, may_grow=()):
         if isinstance(before.get(name), dict):
             now[name] = {file: value for file, value in now[name].items() if file in before[name]}
     if changed := "; ".join(differences(before, now)):
-        raise UserError(
-            f"{path} was made with other settings or images ({changed}). Give another --output_dir, or move "
-            f"{Path(path).parent} out of the way, to make it anew."
-        )
+        raise UserError(f"{path} was made with other settings or images ({changed}). Give another --output_dir, or "
+                        f"move {Path(path).parent} out of the way, to make it anew.")  # fmt: skip
 
 
 def differences(before, now):

@@ -35,8 +35,7 @@ def require_finished(folder):
 
 
 def list_samples(folder, classes):
-    """The files that hold the images of a folder of either kind, whose classes must be `classes`: {class name: paths},
-    shards as those of ""."""
+    """The files of a folder of either kind, which must be of `classes`: {class name: paths}, shards as those of ""."""
     require_finished(folder)
     shards = shards_of(folder)
     if not shards:

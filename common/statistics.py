@@ -137,8 +137,7 @@ def difference_moments(a, b):
 
 
 def smoothed(m):
-    """(variance of all scores, v) with one query more, half of which has the lowest score and half the highest: neither
-    is 0 where all answers are alike."""
+    """(variance of all scores, v) with one query more, half of the lowest score, half of the highest: neither is 0."""
     middle, square = (1 + m.lowest) / 2, (1 + m.lowest**2) / 2
     weight = 1 / (m.episodes * m.queries + 1)
     mean = m.mean + (middle - m.mean) * weight

@@ -75,8 +75,7 @@ def specialise(model, supports, labels, kind, scale, augment, steps=50, held_out
 
     Args:
         model: timm backbone. supports: [S, 3, H, W] in [0, 1]. labels: [S].
-        kind: "prototypes", "linear_probe" or "fine_tune". With one support a class, all are prototypes: nothing can be
-            held out.
+        kind: "prototypes", "linear_probe" or "fine_tune"; the first where no support of a class can be held out.
         augment: function of a number to augmented supports, as [S, 3, H, W]; the same number gives the same views.
         steps: of training, each on one view of every support.
     """
@@ -120,8 +119,7 @@ def augmentation(size, args):
 
 
 def for_views(image, size, args):
-    """The central square of a PIL image, of which `augmentation` makes views: so large that the smallest crop need not
-    be enlarged, or as large as the image is."""
+    """The central square of a PIL image, to make views of: as large as it is, or as the smallest crop needs it."""
     return square(image, min(math.ceil(size / math.sqrt(args.min_crop)), *image.size))
 
 

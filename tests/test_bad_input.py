@@ -419,15 +419,12 @@ def test_files_of_the_user_are_not_written_over(run_dir, folder):
     mine = {"README.md": "mine", "model.safetensors": "mine", "config.json": "{}", "cat/00000.png": "mine",
             "metadata.jsonl": "{}", "cat/test.jpg": "mine", "000000.tar": "mine", "architectures.py": "mine",
             "cat/learned_embeds.safetensors": "mine", "student_fp32.onnx": "mine", "benchmark.md": "mine",
-            "web/index.html": "mine", "plan.json": "{}"}  # fmt: skip
-    plan = {"half_width": 0.1, "accuracy": 0.9, "episode_variance": 0.001, "episode_seconds": 1, "query_seconds": 1}
+            "web/index.html": "mine"}  # fmt: skip
     for name, content in mine.items():
         path = folder / "mine" / name
         path.parent.mkdir(parents=True)
         path.write_text(content)
-        if name == "plan.json":
-            command = ("evaluate.py", "--plan", *(word for name, x in plan.items() for word in (f"--{name}", x)))
-        elif name in ("student_fp32.onnx", "benchmark.md", "web/index.html"):
+        if name in ("student_fp32.onnx", "benchmark.md", "web/index.html"):
             command = ("export.py", "--model", run_dir / "student")
         elif name in ("README.md", "model.safetensors", "config.json", "architectures.py"):
             command = ("distill.py", "--support_dir", folder / "support", "--supports_only")
@@ -490,8 +487,9 @@ def test_options_that_would_count_for_nothing(options, message, tmp_path):
 def test_prefixes_that_only_timm_reads(run_dir, folder, prefix):
     """As names they would mean random weights, and a model whose files no record knows."""
     distil = ("distill.py", "--supports_only", "--support_dir", folder / "support", "--output_dir", folder / "out")
-    of_folder = ("evaluate.py", "--data_dir", run_dir / "query", "--output_dir", folder / "out", "--model")
-    for command in ((*distil, "--student"), (*distil, "--teacher"), of_folder, ("export.py", "--model")):
+    of_folder = ("evaluate.py", "--data_dir", run_dir / "query", "--support_dir", run_dir / "support", "--output_dir",
+                 folder / "out", "--model")  # fmt: skip
+    for command in ((*distil, "--student"), (*distil, "--teacher"), of_folder):
         assert "give a folder without a prefix" in rejected(*command, f"{prefix}{run_dir / 'student'}")
     assert not list(folder.glob("out/*"))
 
@@ -684,6 +682,7 @@ def test_int8_without_images_and_tensorrt_without_tensorrt(run_dir, tmp_path):
         with pytest.raises(UserError, match=message):
             export.main(export.parse_args([*map(str, options), *wrong]))
     (tmp_path / "student_int8.onnx").touch()
+    (tmp_path / "benchmark.json").write_text('{"kind": "export"}')  # of an earlier export
     err = rejected("export.py", *options, "--runtime", "tensorrt")
     assert "pip install tensorrt" in err
     assert f"{tmp_path / 'student_int8.onnx'} is of an earlier export" in err

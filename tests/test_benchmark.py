@@ -456,8 +456,6 @@ def test_a_class_that_is_too_small_is_told_before_any_work(tmp_path):
     seed = next(s for s in range(99) if all("c" not in datasets.draw_episode(data, 2, 1, s, k) for k in (0, 1)))
     with pytest.raises(UserError, match="--half_width may draw any class, of which the smallest has 1 images"):
         evaluate.main(evaluate.parse_args([*options, "--seed", str(seed)]))
-    with pytest.raises(UserError, match="nothing to tell apart"):
-        evaluate.main(evaluate.parse_args([*options, "--num_ways", "1"]))
 
 
 def test_a_student_that_knows_some_of_the_classes_is_refused_unless_prototypes_are_asked_for(tmp_path, capsys):

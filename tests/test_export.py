@@ -236,19 +236,6 @@ def test_programs_for_phones_answer_as_pytorch_does(run_dir, tmp_path, monkeypat
         export.main(args)
 
 
-def test_the_page_has_the_metadata_of_a_student_and_options_for_nothing_are_refused(run_dir, tmp_path):
-    facts = onnxruntime.InferenceSession(run_dir / "export" / "web" / "student.onnx").get_modelmeta()
-    of_file = onnxruntime.InferenceSession(run_dir / "export" / "student_fp32.onnx").get_modelmeta()
-    assert facts.custom_metadata_map["classes"] == of_file.custom_metadata_map["classes"]
-    launch("evaluate.py", "--model", run_dir / "export" / "web" / "student.onnx", run_dir / "student", "--data_dir",
-           run_dir / "query", "--output_dir", tmp_path / "evaluation")  # fmt: skip
-    (pair,) = json.loads((tmp_path / "evaluation" / "results.json").read_text())["paired_differences"]
-    assert pair["mean"] == 0
-    export = ("export.py", "--model", run_dir / "student", "--output_dir", tmp_path / "out")
-    for options in (("--benchmark_batch_sizes", 8), ("--teacher_image_size", 64)):
-        assert f"{options[0]} is for --" in launch(*export, *options, code=2)[1]
-
-
 def test_the_counted_operations_of_conv4():
     """Nine multiplications and additions of each weight at each position; the head sees 256 features."""
     positions = [(3 * 32**2), (64 * 16**2), (64 * 8**2), (64 * 4**2)]

@@ -106,8 +106,7 @@ class Runtime:
         return as_input(self, images.cpu(), self.includes_preprocessing)
 
     def run(self, inputs):
-        """What `prepare` gives, of at most `max_batch_size` images, to logits or probabilities [B, num_classes], a
-        tensor on the CPU: the call that is timed."""
+        """The call that is timed: what `prepare` gives to logits or probabilities [B, num_classes], on the CPU."""
         raise NotImplementedError
 
     def __call__(self, images):

@@ -38,8 +38,7 @@ def benchmark(functions, min_calls=200, min_seconds=2.0):
 
 def latency(found, batch_sizes, shape, num_threads):
     """Rows of {model, runtime, precision, device, threads, batch_size, calls, median_ms, p90_ms, p99_ms,
-    images_per_second}: the models on the same random images, copied to the device and back; a runtime of one
-    batch size only at that.
+    images_per_second} on the same random images, copied to the device and back; a runtime of one batch size at that.
 
     Args:
         found: {(model, runtime, precision, device): a `Runtime`}. shape: of an image, (3, H, W).

@@ -14,8 +14,7 @@ def metadata_of(path):
 
 
 class OnnxRuntime(Runtime):
-    """An ONNX file, on the CPU, or on a GPU where onnxruntime-gpu is installed. A UserError tells of a file that is no
-    ONNX model, or not one of export.py."""
+    """An ONNX file of export.py, else a UserError, on the CPU, or on a GPU where onnxruntime-gpu is installed."""
 
     suffix = ".onnx"
 
