@@ -232,7 +232,7 @@ def parse_args(argv=None):
     add("--batch_size", type=positive_int, default=64, help="images classified together")
     add = parser.add_argument_group("models on a folder").add_argument
     add("--model", nargs="+", metavar="[NAME=]PATH", help="model folders, timm names or files of export.py (default: "
-        "outputs/demo/student); without the classes, or as prototypes:PATH, prototypes of --support_dir")  # fmt: skip
+        "outputs/demo/student); by prototypes of --support_dir if it knows none, or prototypes:PATH")  # fmt: skip
     add("--data_dir", help="the images to measure on: one folder per class; default: outputs/demo/query")
     add("--support_dir", help="support images, for models that do not know the classes")
     add = parser.add_argument_group("generated images").add_argument

@@ -376,14 +376,14 @@ def main(args):
     done = [k for k in classes if records.check_settings(root / k / inversion.RECORD, settings[k], (kind,))]
     new = [name for name in classes if name not in done]
     groups = share_out(inversion.batches(root, new, settings, args, accelerator.num_processes), accelerator)
-    done = share_out(done, accelerator)
+    done, here = share_out(done, accelerator), str(Path(args.support_dir).resolve())
     if groups:
         parts = activations(pipe, max(map(len, groups)), max(sum(len(classes[n]) for n in g) for g in groups), args)
         announce([pipe.unet, pipe.vae, pipe.text_encoder], parts, accelerator.device)
     for names in groups:
         invert_classes(names, classes, None, settings, pipe, schedule, upscaler, args, accelerator)
     for name in done:
-        known, here = inversion.read_inversion(root / name), str(Path(args.support_dir).resolve())
+        known = inversion.read_inversion(root / name)
         if known["support_dir"] != here:
             records.write_json(root / name / inversion.RECORD, known | {"support_dir": here})
         added = [path for path in classes[name] if inversion.name_of(path, name, args) not in known["images"]]

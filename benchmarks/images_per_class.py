@@ -20,9 +20,9 @@ from benchmarks.students import episodes_parser, run_episodes
 from common.cli import positive, positive_int, run
 from common.report import points, with_interval
 
-STARTS = {
+STARTS = {  # from random weights each view is new: of 2,500 that come round, many images would never be seen
     "pretrained": "--distill.max_train_steps 100",
-    "random weights": "--distill.student conv4_64 --distill.max_train_steps 400 --distill.num_views 0",  # all new
+    "random weights": "--distill.student conv4_64 --distill.max_train_steps 400 --distill.num_views 0",
 }
 
 

@@ -248,8 +248,8 @@ def denoise(unet, schedule, z, prompt_embeds, null_embeds, guidance_scale, steps
 
 
 def parse_with_model_defaults(parser, script, argv, presets):
-    """Parses the command line. A local model folder may hold `tint.json`, {script: {option: value}}, which
-    replace the script's defaults, those of Stable Diffusion; a preset, of {name: {option: value}}, replaces all."""
+    """Parses the command line. A local model folder may hold `tint.json`, {script: {option: value}}, in place
+    of the script's defaults, those of Stable Diffusion; one of `presets`, {name: {option: value}}, replaces both."""
     argv = sys.argv[1:] if argv is None else argv
     known = [word for word in argv if word not in ("-h", "--help")]
     model = parser.parse_known_args(known)[0]

@@ -279,7 +279,7 @@ def episode_folder(index, args):
 
 
 def read_record(folder, arm):
-    """{"correct": {class name: [1 or 0 of each query]}, "seconds": {part: seconds}} of an arm; nothing of a new one."""
+    """{"correct": {class name: [1 or 0 of each query]}, "seconds": {part: seconds}} of an arm, or {"correct": {}}."""
     path = folder / f"result-{arm.key}.json"
     if not path.is_file():
         return {"correct": {}}

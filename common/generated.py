@@ -89,7 +89,7 @@ def evaluate_generated(args, accelerator):
     if not args.support_dir:
         raise UserError("--generated_dir needs --support_dir, the images that they were generated from.")
     folders = named_paths(args.generated_dir)
-    for folder in (*folders.values(), *([args.data_dir] if args.data_dir else [])):
+    for folder in filter(None, (*folders.values(), args.data_dir)):
         require_finished(folder)
     model = models.load_model(args.teacher, image_size=args.teacher_image_size).to(accelerator.device)
     parts = {"the teacher (--batch_size)": models.answering_bytes(model, args.batch_size)}
@@ -99,9 +99,9 @@ def evaluate_generated(args, accelerator):
     answers = models.held_out_answers(teacher.support_features.cpu(), labels)
     support = support_f, labels
     real = {"supports": specificity_and_diversity(support_f, answers, labels, *support)}
-    if args.data_dir and not shards_of(args.data_dir):
-        count_supports([*chain(*list_images(args.data_dir).values())], args.data_dir, args.support_dir)
     if args.data_dir:
+        if not shards_of(args.data_dir):
+            count_supports([*chain(*list_images(args.data_dir).values())], args.data_dir, args.support_dir)
         f, answers, labels, _ = embed(args.data_dir, teacher, classes, args.batch_size)
         real["real images"] = specificity_and_diversity(f, answers, labels, *support)
     sets = {}

@@ -158,7 +158,7 @@ def load_image(path, size=None):
 
 
 def load_folder(folder, size=None, classes=None):
-    """Of `list_images`: images [N, 3, size, size] in [0, 1], labels [N], classes, paths [N]; without `size` of one."""
+    """Images [N, 3, size, size] in [0, 1] of a folder (equal ones, without `size`), labels [N], classes, paths [N]."""
     by_class = list_images(folder, classes)
     paths, labels = with_labels(by_class)
     return torch.stack([load_image(path, size) for path in paths]), labels, list(by_class), paths

@@ -164,7 +164,7 @@ def is_done(root, names):
 
 
 def batches(root, new, settings, args, num_processes):
-    """The `new` classes in groups that are inverted together. An interrupted group stays: in another, bits differ."""
+    """The `new` classes in groups that are inverted together. An interrupted one stays: last bits depend on it."""
     found = interrupted(root)
     begun = {k: g for k, g in found.items() if not is_done(root, g) and set(g) <= settings.keys()}
     begun = [group for folder, group in begun.items() if folder == partial_folder(group, settings, args)]

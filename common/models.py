@@ -36,7 +36,7 @@ def load_model(name_or_path, pretrained=True, image_size=None, checkpoint=None, 
     or `image_size`. The weights of a safetensors file `checkpoint` replace the model's, but for the classifier's. A
     UserError says that it cannot be loaded, or takes no images of that side."""
     folder = Path(name_or_path)
-    if str(name_or_path).startswith(("local-dir:", "hf_hub:")):  # which mean nothing elsewhere here
+    if str(name_or_path).startswith(("local-dir:", "hf_hub:")):  # timm's: no record would see the files
         raise UserError(f"{name_or_path}: give a folder without a prefix, or a name of the hub as hf-hub:NAME.")
     if folder.is_dir():
         if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():

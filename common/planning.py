@@ -165,7 +165,7 @@ def next_of(results, stages, wishes, half_width, max_queries):
 
 
 def read_pilot(args):
-    """What results.json of a benchmark says of a score: Moments, {what: seconds}, classes in an episode, a title."""
+    """Of results.json of a benchmark: a score's Moments, {what: seconds}, classes in an episode, methods, a title."""
     if not Path(args.pilot).is_file():
         raise UserError(f"--pilot {args.pilot}: no such file.")
     with blaming(args.pilot):
@@ -180,7 +180,7 @@ def read_pilot(args):
         if m.episodes < 2 or min(len(text) for text in pilot["methods"][names[0]]["answers"][0]) < 2:
             raise UserError(f"--pilot {args.pilot} needs at least two episodes, and two queries a class.")
         cost = {what: float(pilot["cost"][what]) for what in ("episode_seconds", "query_seconds")}
-    return m, cost, ways, f"{' - '.join(names)}, a pilot of {m.episodes} episodes"
+    return m, cost, ways, names, f"{' - '.join(names)}, a pilot of {m.episodes} episodes"
 
 
 def expected(args):
@@ -196,7 +196,7 @@ def expected(args):
             + f", and methods that differ on {square:g} of the queries differ by no more" * (abs(mean) > square)
         )
     m = Moments(0 if is_accuracy else -1, mean, square, square - mean**2 - s2, s2, np.inf, np.inf)
-    return m, {}, args.num_ways, "an accuracy" if is_accuracy else "a difference"
+    return m, {}, args.num_ways, [], "an accuracy" if is_accuracy else "a difference"
 
 
 def print_plan(args):
@@ -204,7 +204,7 @@ def print_plan(args):
     range, where a pilot knows the variance over episodes only so well. The command line has the last word on costs."""
     if (args.half_width is None) == (args.budget_seconds is None):
         raise UserError("--plan needs one of --half_width and --budget_seconds.")
-    m, cost, ways, title = (read_pilot if args.pilot else expected)(args)
+    m, cost, ways, names, title = (read_pilot if args.pilot else expected)(args)
     given = {what: vars(args)[what] for what in ("episode_seconds", "query_seconds")}
     cost |= {what: seconds for what, seconds in given.items() if seconds is not None}
     if len(cost) < 2:
@@ -229,6 +229,6 @@ def print_plan(args):
     numbers = f"--num_episodes {chosen['num_episodes']} --num_queries {chosen['num_queries'] // ways}"
     print(f"\nevaluate.py {numbers}   (a class of {ways})")
     if args.half_width and not certain:
-        wish = " ".join(["--compare", *args.compare] if args.compare else ["--method", title.partition(", a pilot")[0]])
+        wish = " ".join(["--compare" if args.compare else "--method", *names])
         print(f"or, to stop when the interval is narrow enough: evaluate.py --half_width {args.half_width} {wish}")
     write_json(Path(args.output_dir) / "plan.json", found)

@@ -22,7 +22,7 @@ OPENED_BY = {runtime.suffix: runtime for runtime in RUNTIMES.values() if runtime
 
 
 def open_exported(path, device):
-    """An exported file in the runtime of its name's end, of OPENED_BY; a UserError of no file, or the runtime's own."""
+    """An exported file, in that of OPENED_BY by its name's end. A UserError tells of none, or is the runtime's own."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file. export.py writes it.")
     return OPENED_BY[Path(path).suffix](path, device)
