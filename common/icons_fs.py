@@ -3,7 +3,7 @@
 The drawings of a class lie in one picture, `assets/icons_fs/sheets/<class>.png`, ten a row, in the order of
 `drawings.json`; `ink/<class>.png` says likewise which pixels were painted. A drawing is of the pool "base" or, in val
 and novel classes, "episode" (supports and queries) or "web" (what a diffusion model may have seen of the class). Of
-unseen classes all are of the pool "episode": no model here has seen the objects, or any word for them.
+unseen classes all are of the pool "episode": no model here has seen their drawings, or any word for them.
 """
 
 import json
